@@ -1,0 +1,1 @@
+"""From a directory to a release, stage by stage; read `deploy` first."""

@@ -1,0 +1,1 @@
+"""User-mode WireGuard with a TCP/IPv6 stack, usable alone."""

@@ -1,0 +1,1 @@
+"""Carriers move datagrams outside."""
