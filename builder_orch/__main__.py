@@ -2,4 +2,5 @@
 
 from builder_orch.cli.main import run
 
-run()
+if __name__ == "__main__":
+    run()

@@ -1,4 +1,4 @@
-"""Every failure a user can meet: what failed, whose fault it is, what to do next, and its exit code.
+"""Every failure a user can meet: what failed, whose fault it is, what to do next, the exit code.
 
 A leaf says by its class which layer failed and whether a repetition can help; the message says what
 happened and `hint` the next step. Exit codes are frozen: scripts branch on them.
@@ -185,7 +185,7 @@ class BuildTimedOut(BuilderOrchError):
 
 
 class ContextRefused(BuilderOrchError):
-    """The build context cannot be sent as it is: a file is unreadable, special or changed meanwhile."""
+    """The build context cannot be sent: a file is unreadable, special or changed meanwhile."""
 
     kind = "RB-CONTEXT"
     code = Exit.CONTEXT_REFUSED

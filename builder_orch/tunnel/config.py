@@ -140,6 +140,8 @@ def _check(name: str, value: str, number: int) -> None:
                 _port(value)
             case "persistentkeepalive":
                 _keepalive(value)
+            case _:
+                pass
     except ValueError as error:
         raise ValueError(f"line {number}: {error}") from None
 

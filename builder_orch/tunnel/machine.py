@@ -1,7 +1,7 @@
 """The contract of the two cores; read this before either.
 
-A machine is told everything: octets, commands and the time. It does no I/O, reads no clock and rolls
-no dice. The driver calls in, then always asks `transmit`, then sets one timer for `deadline`:
+A machine is told everything: octets, commands and the time. It does no I/O, reads no clock and
+rolls no dice. The driver calls in, then always asks `transmit`, then sets one timer for `deadline`:
 
 - After `transmit(now)`, `deadline()` is `None` or later than `now`.
 - A call after the deadline, or before it, is harmless.
@@ -25,7 +25,7 @@ Address = tuple[bytes, int]
 Train = list[bytes]
 
 TRAIN_PACKETS = 44
-"""Packets in a full train: 44 datagrams of 1452 octets are the most that fit one UDP send of 64 KiB."""
+"""Packets in a full train: 44 datagrams of 1452 octets fit one UDP send of 64 KiB."""
 
 
 class Datagrams(NamedTuple):

@@ -1,1 +1,35 @@
-"""Carriers move datagrams outside."""
+"""Carriers move datagrams outside; the driver knows no more of them than this contract."""
+
+from collections.abc import Callable
+from typing import Protocol
+
+from builder_orch.tunnel.machine import Datagrams, Endpoint
+
+Deliver = Callable[[memoryview, int, Endpoint], None]
+"""Takes received octets, the size to cut them by and their source; must not keep the view."""
+
+
+class Carrier(Protocol):
+    """Moves datagrams between here and the gateway; opened by its maker, closed by the driver."""
+
+    @property
+    def blocked(self) -> bool:
+        """Whether the way out is full; `settled` is called when it is free again."""
+        ...
+
+    @property
+    def refusals(self) -> int:
+        """How often the far end's host said that nobody listens there."""
+        ...
+
+    def start(self, deliver: Deliver, settled: Callable[[], None]) -> None:
+        """Begin to deliver; `settled` follows each burst, once, and each return to not blocked."""
+        ...
+
+    def send(self, datagrams: Datagrams) -> None:
+        """Send or queue; what cannot be sent is dropped and counted, as on any network."""
+        ...
+
+    def close(self) -> None:
+        """Stop delivering and free the socket; what is queued is dropped."""
+        ...

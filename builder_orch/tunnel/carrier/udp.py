@@ -1,0 +1,215 @@
+"""UDP on a non-blocking socket, by the train where the kernel can (UDP_SEGMENT, UDP_GRO).
+
+One `sendmsg` carries up to 44 datagrams and one `recvmsg` returns as many: without them each packet
+costs a system call of its own, which is more than sealing it (5 us against 2).
+"""
+
+import asyncio
+import errno
+import socket
+import struct
+from collections import Counter, deque
+from collections.abc import Callable
+from typing import Self
+
+from builder_orch.tunnel.carrier import Deliver
+from builder_orch.tunnel.machine import Datagrams, Endpoint
+
+SOL_UDP = 17
+UDP_SEGMENT = 103
+UDP_GRO = 104
+SOCKET_BUFFER = 4 << 20
+RECEIVE_BUFFER = 1 << 16
+RECEIVES_PER_WAKEUP = 16
+QUEUE_LIMIT = 256
+"""Trains that wait for a full socket buffer; more would only be delay."""
+
+_ANCILLARY = socket.CMSG_SPACE(4)
+_SEGMENT = struct.Struct("=H")
+_GRO = struct.Struct("=i")
+_OFFLOAD_REFUSED = {errno.EIO, errno.EINVAL, errno.EMSGSIZE, errno.EOPNOTSUPP, errno.ENOPROTOOPT}
+
+
+class UdpCarrier:
+    """One UDP socket; connected when there is one gateway, so that its refusals are heard."""
+
+    def __init__(self, sock: socket.socket, *, offload: bool = True) -> None:
+        self._socket = sock
+        self._connected = _is_connected(sock)
+        self._queue: deque[Datagrams] = deque()
+        self._buffer = bytearray(RECEIVE_BUFFER)
+        self._view = memoryview(self._buffer)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._deliver: Deliver | None = None
+        self._settled: Callable[[], None] | None = None
+        self.drops: Counter[str] = Counter()
+        self.refusals = 0
+        sock.setblocking(False)
+        for option in (socket.SO_RCVBUF, socket.SO_SNDBUF):
+            sock.setsockopt(socket.SOL_SOCKET, option, SOCKET_BUFFER)
+        self._segmenting = offload and _allows(sock, UDP_SEGMENT, 0)
+        if offload:
+            _allows(sock, UDP_GRO, 1)
+
+    @classmethod
+    def connect(cls, endpoint: Endpoint) -> Self:
+        """A socket for one gateway at a numeric address; OSError where there is no route to it."""
+        sock = socket.socket(_family(endpoint[0]), socket.SOCK_DGRAM)
+        try:
+            sock.connect(endpoint)
+        except OSError:
+            sock.close()
+            raise
+        return cls(sock)
+
+    @classmethod
+    def bind(cls, host: str, port: int) -> Self:
+        """A socket that peers call at; OSError (EADDRINUSE) where the port is taken."""
+        sock = socket.socket(_family(host), socket.SOCK_DGRAM)
+        try:
+            sock.bind((host, port))
+        except OSError:
+            sock.close()
+            raise
+        return cls(sock)
+
+    @property
+    def endpoint(self) -> Endpoint:
+        """The local address and port."""
+        host, port = self._socket.getsockname()[:2]
+        return host, port
+
+    @property
+    def blocked(self) -> bool:
+        """Whether the kernel's send buffer is full."""
+        return bool(self._queue)
+
+    def start(self, deliver: Deliver, settled: Callable[[], None]) -> None:
+        """Begin to deliver on the running loop."""
+        self._deliver, self._settled = deliver, settled
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(self._socket, self._on_readable)
+
+    def close(self) -> None:
+        """Leave the loop and close the socket."""
+        if self._loop is not None:
+            self._loop.remove_reader(self._socket)
+            self._loop.remove_writer(self._socket)
+            self._loop = None
+        self._queue.clear()
+        self._socket.close()
+
+    def send(self, datagrams: Datagrams) -> None:
+        """Send at once, or queue behind what is queued already."""
+        if self._queue:
+            if len(self._queue) >= QUEUE_LIMIT:
+                self.drops["queue full"] += 1
+                return
+            self._queue.append(datagrams)
+        elif not self._try(datagrams):
+            self._queue.append(datagrams)
+            if self._loop is not None:
+                self._loop.add_writer(self._socket, self._on_writable)
+
+    def _try(self, datagrams: Datagrams) -> bool:
+        """Whether the datagrams need no further attention (sent, or dropped for good)."""
+        try:
+            self._send(datagrams)
+        except (BlockingIOError, InterruptedError):
+            return False
+        except OSError as error:
+            self._count(error)
+        return True
+
+    def _send(self, datagrams: Datagrams) -> None:
+        octets, segment, endpoint = datagrams
+        to = () if self._connected else (endpoint,)
+        if len(octets) <= segment:
+            self._socket.sendmsg([octets], (), 0, *to)
+            return
+        if self._segmenting:
+            cut = [(SOL_UDP, UDP_SEGMENT, _SEGMENT.pack(segment))]
+            try:
+                self._socket.sendmsg([octets], cut, 0, *to)
+            except OSError as error:
+                if error.errno not in _OFFLOAD_REFUSED:
+                    raise
+                # Some devices take no segmentation; one refusal is reason enough to cut by hand.
+                self._segmenting = False
+            else:
+                return
+        view = memoryview(octets)
+        for start in range(0, len(view), segment):
+            try:
+                self._socket.sendmsg([view[start : start + segment]], (), 0, *to)
+            except (BlockingIOError, InterruptedError):
+                # The rest waits; what went is not sent twice.
+                rest = Datagrams(bytes(view[start:]), segment, endpoint)
+                self._queue.appendleft(rest)
+                if self._loop is not None:
+                    self._loop.add_writer(self._socket, self._on_writable)
+                return
+
+    def _count(self, error: OSError) -> None:
+        if error.errno == errno.ECONNREFUSED:
+            self.refusals += 1
+        self.drops[errno.errorcode.get(error.errno or 0, "send")] += 1
+
+    def _on_writable(self) -> None:
+        while self._queue:
+            datagrams = self._queue.popleft()
+            before = len(self._queue)
+            if not self._try(datagrams):
+                self._queue.appendleft(datagrams)
+                return
+            if len(self._queue) > before:
+                return
+        if self._loop is not None:
+            self._loop.remove_writer(self._socket)
+        if self._settled is not None:
+            self._settled()
+
+    def _on_readable(self) -> None:
+        deliver, receive, buffers = self._deliver, self._socket.recvmsg_into, [self._buffer]
+        assert deliver is not None
+        assert self._settled is not None
+        for _ in range(RECEIVES_PER_WAKEUP):
+            try:
+                size, ancillary, flags, address = receive(buffers, _ANCILLARY)
+            except (BlockingIOError, InterruptedError):
+                break
+            except OSError as error:
+                self._count(error)
+                continue
+            if flags & socket.MSG_TRUNC:
+                self.drops["truncated"] += 1
+                continue
+            segment = size
+            for level, kind, data in ancillary:
+                if level == SOL_UDP and kind == UDP_GRO:
+                    segment = _GRO.unpack_from(data)[0] or size
+            if size:
+                deliver(self._view[:size], segment, address[:2])
+            if self._loop is None:
+                return
+        self._settled()
+
+
+def _family(host: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
+
+
+def _is_connected(sock: socket.socket) -> bool:
+    try:
+        sock.getpeername()
+    except OSError:
+        return False
+    return True
+
+
+def _allows(sock: socket.socket, option: int, value: int) -> bool:
+    try:
+        sock.setsockopt(SOL_UDP, option, value)
+    except OSError:
+        return False
+    return True

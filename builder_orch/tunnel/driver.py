@@ -1,0 +1,525 @@
+"""The tunnel: one carrier, one WireGuard interface, one IPv6 stack, one timer, one event loop."""
+
+import asyncio
+import os
+import socket
+import struct
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from ipaddress import AddressValueError, IPv6Address
+from typing import Self
+
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+
+from builder_orch.errors import TunnelNotUp
+from builder_orch.tunnel import dns
+from builder_orch.tunnel.carrier import Carrier
+from builder_orch.tunnel.carrier.udp import UdpCarrier
+from builder_orch.tunnel.config import PeerConfig, PublicKey, TunnelConfig
+from builder_orch.tunnel.ipv6.connection import Connection, End
+from builder_orch.tunnel.ipv6.stack import (
+    Accepted,
+    Closed,
+    DatagramReceived,
+    EchoReplied,
+    Event,
+    Opened,
+    Readable,
+    Stack,
+    Writable,
+)
+from builder_orch.tunnel.machine import Address, Endpoint, Malformed
+from builder_orch.tunnel.stream import Splice, loopback_pair, reset
+from builder_orch.tunnel.wireguard.interface import (
+    HandshakeStarted,
+    Interface,
+    PeerStatus,
+    SessionStarted,
+)
+
+DNS_TIMEOUTS_S = (0.5, 1.0, 1.5, 2.0)
+"""Waits for the answer to each of the UDP questions; together they stay within five seconds."""
+PING_PAYLOAD = bytes(range(32))
+BACKEND_TIMEOUT_S = 10.0
+
+Backend = Callable[[Address, Address], Awaitable[socket.socket]]
+"""Given a caller's remote and local inside addresses: a connected socket to splice it to."""
+Answer = Callable[[bytes, Address], bytes | None]
+"""Given a datagram and its sender: the datagram to send back, if any."""
+
+Dial = Callable[[str, int], Awaitable[socket.socket]]
+DialBlocking = Callable[[str, int], socket.socket]
+
+_ENDS: dict[End, tuple[type[OSError], str]] = {
+    End.REFUSED: (ConnectionRefusedError, "refused: nothing listens there"),
+    End.RESET: (ConnectionResetError, "reset by the far end"),
+    End.TIMED_OUT: (TimeoutError, "no answer in time"),
+    End.UNREACHABLE: (OSError, "unreachable inside the network"),
+    End.ABORTED: (ConnectionAbortedError, "given up on this side"),
+    End.FINISHED: (ConnectionResetError, "closed while connecting"),
+}
+
+
+def boot_time() -> float:
+    """Seconds on a clock that counts suspended time, as WireGuard's timers need it."""
+    if hasattr(time, "CLOCK_BOOTTIME"):
+        return time.clock_gettime(time.CLOCK_BOOTTIME)
+    return time.monotonic()
+
+
+class Tunnel:
+    """Moves packets between a carrier and the two cores, and streams in and out of the stack.
+
+    All methods but `dial_blocking` belong to the event loop that made the tunnel.
+    """
+
+    def __init__(
+        self, config: TunnelConfig, carrier: Carrier, addresses: Iterable[IPv6Address]
+    ) -> None:
+        self._config = config
+        self._carrier = carrier
+        self._loop = asyncio.get_running_loop()
+        now = boot_time()
+        self._interface = Interface(
+            config.private_key,
+            mtu=config.mtu,
+            entropy=os.urandom,
+            epoch=time.time() - now,
+            peers=config.peers,
+        )
+        self._stack = Stack(
+            addresses, mtu=config.mtu, entropy=os.urandom, path=self._interface.has_session
+        )
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_at = 0.0
+        self._pumping = False
+        self._closed = False
+        self._splices: dict[Connection, Splice] = {}
+        self._opening: dict[Connection, asyncio.Future[None]] = {}
+        self._backends: dict[tuple[bytes | None, int | None], Backend] = {}
+        self._answers: dict[int, Answer] = {}
+        self._echoes: dict[tuple[bytes, int, int], asyncio.Future[None]] = {}
+        self._established: dict[PublicKey, asyncio.Event] = {}
+        self._attempts = 0
+        self._tasks: set[asyncio.Task[None]] = set()
+        carrier.start(self._deliver, self.pump)
+
+    @property
+    def address(self) -> IPv6Address:
+        """Our own inside address."""
+        return self._config.address
+
+    def status(self) -> list[PeerStatus]:
+        """What is known of each peer."""
+        return self._interface.status(boot_time())
+
+    def drops(self) -> dict[str, int]:
+        """How many packets each core threw away, by reason."""
+        return dict(self._interface.drops + self._stack.drops)
+
+    # -- reaching out ---------------------------------------------------------------------------
+
+    async def dial(self, host: str, port: int, *, timeout_s: float = 30.0) -> socket.socket:
+        """A connected blocking socket to an inside host, given by address or by name.
+
+        ConnectionRefusedError, ConnectionResetError, TimeoutError, NameUnknown or another OSError
+        say why not. Whoever gets the socket closes it.
+        """
+        ours, theirs = loopback_pair()
+        try:
+            connection = await self._connect(host, port, timeout_s)
+        except BaseException:
+            ours.close()
+            theirs.close()
+            raise
+        self._splice(connection, ours)
+        return theirs
+
+    def dial_blocking(self, host: str, port: int, *, timeout_s: float = 30.0) -> socket.socket:
+        """`dial` for any other thread than the event loop's."""
+        dialling = self.dial(host, port, timeout_s=timeout_s)
+        return asyncio.run_coroutine_threadsafe(dialling, self._loop).result()
+
+    async def attach(self, sock: socket.socket, host: str, port: int, *, timeout_s: float) -> None:
+        """Join a local stream socket to a new inside connection; owns the socket in any case."""
+        try:
+            connection = await self._connect(host, port, timeout_s)
+        except BaseException:
+            reset(sock)
+            raise
+        self._splice(connection, sock)
+
+    async def resolve(self, name: str) -> list[IPv6Address]:
+        """IPv6 addresses of an inside name, asked of the tunnel's DNS server over UDP, then TCP."""
+        if self._config.dns is None:
+            raise dns.NameUnknown(f"{name}: the tunnel has no DNS server")
+        question = dns.Question(name, os.urandom)
+        server = (self._config.dns.packed, dns.PORT)
+        for wait_s in DNS_TIMEOUTS_S:
+            answer = await self._ask(server, question, wait_s)
+            if answer is not None:
+                if dns.is_truncated(answer):
+                    answer = await self._ask_by_stream(question)
+                return question.addresses(answer)
+        raise TimeoutError(f"inside DNS [{self._config.dns}]:{dns.PORT} does not answer")
+
+    async def ping(self, address: IPv6Address, *, timeout_s: float = 5.0) -> float:
+        """Seconds that an ICMPv6 echo took there and back; TimeoutError without an answer."""
+        identifier, sequence = struct.unpack("!HH", os.urandom(4))
+        key = (address.packed, identifier, sequence)
+        self._echoes[key] = future = self._loop.create_future()
+        began = boot_time()
+        try:
+            self._stack.ping(address.packed, identifier, sequence, PING_PAYLOAD)
+            self.pump()
+            async with asyncio.timeout(timeout_s):
+                await future
+        finally:
+            del self._echoes[key]
+        return boot_time() - began
+
+    async def ready(
+        self, *, timeout_s: float, report: Callable[[str], None] = lambda _: None
+    ) -> float:
+        """Wait until the first peer has answered a handshake; seconds it took.
+
+        `report` is told the current reason whenever it changes. TunnelNotUp after `timeout_s`.
+        """
+        peer = self._config.peers[0]
+        established = self._established.setdefault(peer.public_key, asyncio.Event())
+        began = boot_time()
+        said = ""
+        while not established.is_set():
+            elapsed = boot_time() - began
+            reason = self._waiting_for(peer)
+            if reason != said:
+                report(reason)
+                said = reason
+            if elapsed >= timeout_s:
+                raise TunnelNotUp(
+                    f"the gateway did not answer within {timeout_s:g} s: {reason}",
+                    hint="Check that UDP leaves this network, and that the gateway is running.",
+                )
+            self._interface.summon(peer.allowed[0].network_address.packed, boot_time())
+            self.pump()
+            # Wakes up now and then only to say what it waits for; the event ends the wait.
+            try:
+                async with asyncio.timeout(min(0.25, timeout_s - elapsed)):
+                    await established.wait()
+            except TimeoutError:
+                continue
+        return boot_time() - began
+
+    def _waiting_for(self, peer: PeerConfig) -> str:
+        host, port = peer.endpoint or ("(the peer calls us)", 0)
+        where = f"{host}:{port}"
+        if self._carrier.refusals:
+            return f"udp {where} refuses datagrams (the gateway is not running there)"
+        return f"udp {where} handshake attempt {max(1, self._attempts)} unanswered"
+
+    # -- being reached --------------------------------------------------------------------------
+
+    def serve(self, address: IPv6Address | None, port: int | None, backend: Backend) -> None:
+        """Accept connections to an own address and port (None: any), each to its backend."""
+        if address is not None:
+            self._stack.add_address(address)
+        self._stack.listen(port, address)
+        self._backends[(None if address is None else address.packed, port)] = backend
+
+    def withdraw(self, address: IPv6Address, port: int | None) -> None:
+        """The end of `serve`; connections that are open stay."""
+        self._stack.unlisten(port, address)
+        self._backends.pop((address.packed, port), None)
+
+    def answer_datagrams(self, port: int, answer: Answer) -> None:
+        """Answer UDP at a port of all own addresses."""
+        self._stack.bind(port)
+        self._answers[port] = answer
+
+    def add_peer(self, peer: PeerConfig) -> None:
+        """From now on this peer's handshake is answered."""
+        self._interface.add_peer(peer, boot_time())
+        self.pump()
+
+    def remove_peer(self, public_key: PublicKey) -> None:
+        """From now on this peer is a stranger; what it has open times out at its side."""
+        self._interface.remove_peer(public_key)
+        self.pump()
+
+    # -- inside ---------------------------------------------------------------------------------
+
+    def pump(self) -> None:
+        """Move everything that is ready, then set one timer. Cheap when nothing is."""
+        if self._pumping or self._closed:
+            return
+        self._pumping = True
+        try:
+            now = boot_time()
+            self._turn(now)
+        finally:
+            self._pumping = False
+        self._arm(now)
+
+    def _turn(self, now: float) -> None:
+        stack, interface, carrier = self._stack, self._interface, self._carrier
+        while True:
+            for event in stack.events():
+                self._handle(event)
+            if not carrier.blocked:
+                for train in stack.transmit(now):
+                    interface.send(train, now)
+            for remote in stack.summons():
+                interface.summon(remote, now)
+            for datagrams in interface.transmit(now):
+                carrier.send(datagrams)
+            if self._session_began():
+                stack.kick(now)
+            elif not stack.has_events:
+                return
+
+    def _session_began(self) -> bool:
+        began = False
+        for told in self._interface.events():
+            match told:
+                case SessionStarted(public_key=key):
+                    began = True
+                    self._attempts = 0
+                    self._established.setdefault(key, asyncio.Event()).set()
+                case HandshakeStarted(attempt=attempt):
+                    self._attempts = attempt
+                case _:
+                    pass
+        return began
+
+    def _arm(self, now: float) -> None:
+        # A blocked carrier calls `settled` when it has room; a timer before that would only spin.
+        deadlines = [] if self._carrier.blocked else [self._stack.deadline()]
+        deadlines.append(self._interface.deadline())
+        due = min((at for at in deadlines if at is not None), default=None)
+        if due is None or (self._timer is not None and self._timer_at <= due):
+            # A timer that is too early only pumps once for nothing; setting one anew for each
+            # acknowledgement costs more.
+            return
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self._loop.call_later(max(0.0, due - now), self._on_timer)
+        self._timer_at = due
+
+    def _on_timer(self) -> None:
+        self._timer = None
+        self.pump()
+
+    def _deliver(self, octets: memoryview, segment: int, source: Endpoint) -> None:
+        now = boot_time()
+        packets = self._interface.receive(octets, segment, source, now)
+        if packets:
+            self._stack.receive(packets, now)
+
+    def _handle(self, event: Event) -> None:
+        match event:
+            case Readable(connection=connection):
+                if (splice := self._splices.get(connection)) is not None:
+                    splice.readable()
+            case Writable(connection=connection):
+                if (splice := self._splices.get(connection)) is not None:
+                    splice.writable()
+            case Opened(connection=connection):
+                if (opening := self._opening.get(connection)) is not None and not opening.done():
+                    opening.set_result(None)
+            case Closed(connection=connection):
+                self._ended(connection)
+            case Accepted(connection=connection):
+                self._own(self._accept(connection))
+            case DatagramReceived():
+                self._answer(event)
+            case EchoReplied(remote=remote, identifier=identifier, sequence=sequence):
+                echo = self._echoes.get((remote, identifier, sequence))
+                if echo is not None and not echo.done():
+                    echo.set_result(None)
+            case _:
+                pass
+
+    def _answer(self, received: DatagramReceived) -> None:
+        answer = self._answers.get(received.port)
+        reply = answer(received.payload, received.remote) if answer is not None else None
+        if reply is not None:
+            self._stack.send_datagram(received.port, received.remote, reply, local=received.local)
+
+    def _ended(self, connection: Connection) -> None:
+        opening = self._opening.get(connection)
+        if opening is not None and not opening.done():
+            kind, text = _ENDS[connection.end or End.RESET]
+            opening.set_exception(kind(text))
+        splice = self._splices.get(connection)
+        if splice is not None:
+            splice.ended()
+            if splice.closed:
+                del self._splices[connection]
+
+    async def _connect(self, host: str, port: int, timeout_s: float) -> Connection:
+        async with asyncio.timeout(timeout_s):
+            addresses = await self._addresses(host)
+            failure: OSError | None = None
+            for address in addresses:
+                try:
+                    return await self._open((address.packed, port), timeout_s)
+                except OSError as error:
+                    failure = type(error)(f"[{address}]:{port} {error}")
+        raise failure or OSError(f"{host} has no address")
+
+    async def _addresses(self, host: str) -> list[IPv6Address]:
+        try:
+            return [IPv6Address(host.removeprefix("[").removesuffix("]"))]
+        except AddressValueError:
+            return await self.resolve(host)
+
+    async def _open(self, remote: Address, timeout_s: float) -> Connection:
+        connection = self._stack.connect(remote, boot_time(), timeout_s=timeout_s)
+        self._opening[connection] = opening = self._loop.create_future()
+        try:
+            self.pump()
+            await opening
+        except BaseException:
+            connection.abort()
+            self.pump()
+            raise
+        finally:
+            del self._opening[connection]
+        return connection
+
+    async def _accept(self, connection: Connection) -> None:
+        address, port = connection.local
+        backend = next(
+            self._backends[key]
+            for key in ((address, port), (address, None), (None, port), (None, None))
+            if key in self._backends
+        )
+        try:
+            async with asyncio.timeout(BACKEND_TIMEOUT_S):
+                sock = await backend(connection.remote, connection.local)
+        except OSError:
+            # TimeoutError is one too: whatever keeps the backend away, the caller sees a reset.
+            connection.abort()
+            self.pump()
+            return
+        self._splice(connection, sock)
+
+    def _splice(self, connection: Connection, sock: socket.socket) -> None:
+        splice = Splice(connection, sock, self.pump)
+        self._splices[connection] = splice
+        splice.start()
+        if connection.end is not None:
+            self._ended(connection)
+        self.pump()
+
+    async def _ask(
+        self, server: Address, question: dns.Question, wait_s: float
+    ) -> dns.Message | None:
+        future: asyncio.Future[dns.Message] = self._loop.create_future()
+
+        def judge(payload: bytes, remote: Address) -> None:
+            if remote == server and not future.done():
+                try:
+                    future.set_result(question.judge(payload))
+                except Malformed:
+                    return
+
+        port = self._stack.bind(None)
+        self._answers[port] = judge
+        try:
+            self._stack.send_datagram(port, server, question.octets)
+            self.pump()
+            async with asyncio.timeout(wait_s):
+                return await future
+        except TimeoutError:
+            return None
+        finally:
+            self._stack.unbind(port)
+            del self._answers[port]
+
+    async def _ask_by_stream(self, question: dns.Question) -> dns.Message:
+        sock = await self.dial(str(self._config.dns), dns.PORT, timeout_s=5.0)
+        reader, writer = await asyncio.open_connection(sock=sock)
+        try:
+            writer.write(struct.pack("!H", len(question.octets)) + question.octets)
+            async with asyncio.timeout(5.0):
+                (size,) = struct.unpack("!H", await reader.readexactly(2))
+                return question.judge(await reader.readexactly(size))
+        finally:
+            writer.close()
+
+    def _own(self, work: Awaitable[None]) -> None:
+        """Run a coroutine that belongs to this tunnel and ends with it."""
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def aclose(self) -> None:
+        """Reset what is open, forget the keys and close the carrier."""
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for splice in list(self._splices.values()):
+            splice.abort()
+        self.pump()
+        self._closed = True
+        if self._timer is not None:
+            self._timer.cancel()
+        self._carrier.close()
+
+    @classmethod
+    def over(cls, config: TunnelConfig, carrier: Carrier) -> Self:
+        """A tunnel with the one address of its configuration."""
+        return cls(config, carrier, [config.address])
+
+
+async def _numeric(endpoint: Endpoint) -> Endpoint:
+    """The endpoint with its host looked up by the system's resolver."""
+    host, port = endpoint
+    try:
+        found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_DGRAM)
+    except socket.gaierror as error:
+        raise TunnelNotUp(
+            f"the gateway's name {host} cannot be resolved: {error.strerror}",
+            hint="Check this machine's DNS and network connection.",
+        ) from None
+    address = found[0][4]
+    return str(address[0]), int(address[1])
+
+
+async def _carrier_for(config: TunnelConfig) -> Carrier:
+    endpoints = [peer.endpoint for peer in config.peers if peer.endpoint is not None]
+    try:
+        if len(config.peers) == 1 and endpoints and not config.listen_port:
+            return UdpCarrier.connect(endpoints[0])
+        any_host = "::" if any(":" in host for host, _ in endpoints) else "0.0.0.0"  # noqa: S104
+        return UdpCarrier.bind(any_host, config.listen_port)
+    except OSError as error:
+        raise TunnelNotUp(
+            f"no UDP socket towards the gateway: {error.strerror}",
+            hint="Check this machine's routes; an IPv6 gateway needs IPv6 on this side.",
+        ) from None
+
+
+@asynccontextmanager
+async def open_tunnel(
+    config: TunnelConfig, *, carrier: Carrier | None = None
+) -> AsyncGenerator[Tunnel]:
+    """A tunnel that lives as long as the block; no interface, no privileges.
+
+    Leaving the block resets what is still open. TunnelNotUp if no socket can be had; that the far
+    end answers is known after `ready`, or with the first `dial`.
+    """
+    X25519PrivateKey.from_private_bytes(config.private_key)
+    peers = [
+        replace(peer, endpoint=await _numeric(peer.endpoint)) if peer.endpoint else peer
+        for peer in config.peers
+    ]
+    config = replace(config, peers=tuple(peers))
+    tunnel = Tunnel.over(config, carrier or await _carrier_for(config))
+    try:
+        yield tunnel
+    finally:
+        await tunnel.aclose()
