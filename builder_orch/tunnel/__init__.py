@@ -11,7 +11,7 @@ _PUBLIC = {
     "open_tunnel": "driver",
 }
 
-__all__ = ["Dial", "DialBlocking", "PeerConfig", "Tunnel", "TunnelConfig", "open_tunnel"]  # noqa: F822
+__all__ = ["Dial", "DialBlocking", "PeerConfig", "Tunnel", "TunnelConfig", "open_tunnel"]
 
 
 def __getattr__(name: str) -> object:

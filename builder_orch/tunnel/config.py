@@ -130,7 +130,8 @@ def _check(name: str, value: str, number: int) -> None:
                 decode_key(value)
             case "address" | "allowedips":
                 for part in value.split(","):
-                    ip_network(part.strip(), strict=False)
+                    if part.strip():
+                        ip_network(part.strip(), strict=False)
             case "endpoint":
                 _endpoint(value)
             case "mtu":

@@ -7,6 +7,7 @@ import dns.flags
 import dns.message
 import dns.name
 import dns.rcode
+import dns.rdataclass
 import dns.rdatatype
 import dns.rrset
 
@@ -80,6 +81,6 @@ def _rrset(
     answer: dns.message.Message, name: dns.name.Name, kind: dns.rdatatype.RdataType
 ) -> dns.rrset.RRset | None:
     for rrset in answer.answer:
-        if rrset.name == name and rrset.rdtype == kind:
+        if rrset.name == name and rrset.rdtype == kind and rrset.rdclass == dns.rdataclass.IN:
             return rrset
     return None
