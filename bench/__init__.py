@@ -1,0 +1,1 @@
+"""Measurements: us against wireguard-go with gVisor's netstack, and against kernel TCP."""

@@ -1,0 +1,139 @@
+"""The work that every subject does, and the server at the far end that all of them meet.
+
+A stream begins with nine octets: the work ('u' up, 'd' down, 'b' both, 'e' echo) and a count.
+"""
+
+import json
+import resource
+import socket
+import statistics
+import struct
+import sys
+import threading
+import time
+from collections.abc import Callable
+
+HEADER = struct.Struct("!cQ")
+BLOCK = 256 << 10
+ECHO = 64
+
+Dial = Callable[[], socket.socket]
+
+
+def serve(address: str) -> None:
+    """Serve for ever at a free port of `address`; prints the port. Ends with its process."""
+    listener = socket.create_server((address, 0), family=socket.AF_INET6, backlog=128)
+    print(listener.getsockname()[1], flush=True)
+    while True:
+        caller, _ = listener.accept()
+        threading.Thread(target=_attend, args=(caller,), daemon=True).start()
+
+
+def _attend(caller: socket.socket) -> None:
+    with caller:
+        caller.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        try:
+            work, count = HEADER.unpack(_exactly(caller, HEADER.size))
+            if work == b"u":
+                caller.sendall(struct.pack("!Q", _drain(caller)))
+            elif work == b"d":
+                _send(caller, count)
+            elif work == b"b":
+                sender = threading.Thread(target=_send, args=(caller, count))
+                sender.start()
+                _drain(caller)
+                sender.join()
+            elif work == b"e":
+                while octets := caller.recv(ECHO):
+                    caller.sendall(octets)
+        except OSError as error:
+            print(f"server: {error}", file=sys.stderr)
+
+
+def _exactly(sock: socket.socket, size: int) -> bytes:
+    octets = b""
+    while len(octets) < size:
+        more = sock.recv(size - len(octets))
+        if not more:
+            raise ConnectionError("closed early")
+        octets += more
+    return octets
+
+
+def _drain(sock: socket.socket, expected: int | None = None) -> int:
+    buffer, total = bytearray(BLOCK), 0
+    while expected is None or total < expected:
+        got = sock.recv_into(buffer)
+        if not got:
+            break
+        total += got
+    if expected is not None and total != expected:
+        raise ConnectionError(f"{total} of {expected} octets arrived")
+    return total
+
+
+def _send(sock: socket.socket, count: int) -> None:
+    block = memoryview(bytes(BLOCK))
+    for start in range(0, count, BLOCK):
+        sock.sendall(block[: count - start])
+
+
+def one(dial: Dial, work: str, count: int) -> float:
+    """One stream's work; for 'echo' the median round trip in seconds, else 0."""
+    with dial() as sock:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.sendall(HEADER.pack(work[0].encode(), count))
+        if work == "up":
+            _send(sock, count)
+            sock.shutdown(socket.SHUT_WR)
+            (heard,) = struct.unpack("!Q", _exactly(sock, 8))
+            if heard != count:
+                raise ConnectionError(f"{heard} of {count} octets arrived")
+        elif work == "down":
+            _drain(sock, count)
+        elif work == "both":
+            sender = threading.Thread(target=_send, args=(sock, count))
+            sender.start()
+            _drain(sock, count)
+            sender.join()
+        else:
+            return _round_trips(sock, count)
+    return 0.0
+
+
+def _round_trips(sock: socket.socket, count: int) -> float:
+    times = []
+    for _ in range(count):
+        began = time.perf_counter()
+        sock.sendall(bytes(ECHO))
+        _exactly(sock, ECHO)
+        times.append(time.perf_counter() - began)
+    return statistics.median(times)
+
+
+def measure(began: float, dial: Dial, work: str, octets: int, streams: int) -> None:
+    """Do the work and print its figures as JSON; `began` is when the tunnel was begun."""
+    with dial() as sock:
+        sock.sendall(HEADER.pack(b"d", 1))
+        _exactly(sock, 1)
+    first_byte_s = time.perf_counter() - began
+    round_trips: list[float] = []
+    threads = [
+        threading.Thread(target=lambda: round_trips.append(one(dial, work, octets // streams)))
+        for _ in range(streams)
+    ]
+    before, begun = time.process_time(), time.perf_counter()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    figures = {
+        "seconds": time.perf_counter() - begun,
+        "cpu_s": time.process_time() - before,
+        "first_byte_s": first_byte_s,
+        "rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "round_trip_s": round_trips[0],
+    }
+    if len(round_trips) != streams:
+        raise SystemExit("a stream failed")
+    print(json.dumps(figures), flush=True)
