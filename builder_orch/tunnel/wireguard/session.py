@@ -1,0 +1,216 @@
+"""Transport data under one pair of keys (WireGuard paper, 5.4.6), by the train.
+
+`seal` and `open` are the two loops the whole data path runs through. They take a train at a time
+because everything but the AEAD call itself can then be done once: about 1.5 us a packet of 1420
+octets where the bare AEAD costs 1.3.
+"""
+
+from collections import Counter
+from struct import Struct
+from typing import Protocol
+
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
+
+from builder_orch.tunnel.machine import Rejected, Train
+from builder_orch.tunnel.wireguard.message import HEADER_LEN, TAG_LEN, TRANSPORT, TRANSPORT_LEN
+from builder_orch.tunnel.wireguard.noise import Keys
+from builder_orch.tunnel.wireguard.replay import Window
+from builder_orch.tunnel.wireguard.timers import (
+    REJECT_AFTER_MESSAGES,
+    REJECT_AFTER_TIME,
+    REKEY_AFTER_MESSAGES,
+    REKEY_AFTER_TIME,
+    REKEY_ON_RECEIVE_TIME,
+)
+
+OVERHEAD = HEADER_LEN + TAG_LEN
+"""Octets by which a sealed packet is longer than the padded one."""
+PADDING = 16
+
+_PREFIX = Struct("<II")
+_HEADER = Struct("<8sQ").pack
+_NONCE = Struct("<4xQ").pack
+_WORDS = Struct("<QQ").unpack_from
+
+
+class Aead(Protocol):
+    """What a session needs of a cipher; RFC 8439 with a nonce of 12 octets."""
+
+    def encrypt(self, nonce: bytes, data: bytes, associated_data: bytes | None) -> bytes:
+        """Ciphertext and tag."""
+
+    def decrypt(
+        self, nonce: bytes, data: bytes | memoryview, associated_data: bytes | None
+    ) -> bytes:
+        """Plaintext, or InvalidTag."""
+
+
+class Session:
+    """One direction's key to seal with, the other's to open with, and the counters of both.
+
+    `local` and `remote` are the indices by which either side names the session, `born` when the
+    handshake ended. `sent` is the next counter: the one place it is taken is `seal`.
+    """
+
+    __slots__ = (
+        "_decrypt",
+        "_encrypt",
+        "_incoming",
+        "_outgoing",
+        "_window",
+        "born",
+        "initiator",
+        "local",
+        "sent",
+    )
+
+    def __init__(
+        self, keys: Keys, *, local: int, remote: int, born: float, initiator: bool
+    ) -> None:
+        self._encrypt = self.cipher(keys.send).encrypt
+        self._decrypt = self.cipher(keys.receive).decrypt
+        self._outgoing = _PREFIX.pack(TRANSPORT, remote)
+        self._incoming = TRANSPORT | local << 32
+        self._window = Window()
+        self.local = local
+        self.born = born
+        self.initiator = initiator
+        self.sent = 0
+
+    def cipher(self, key: bytes) -> Aead:
+        """What seals or opens with `key`."""
+        return ChaCha20Poly1305(key)
+
+    def is_usable(self, now: float, packets: int = 1) -> bool:
+        """Whether `packets` more may be sealed."""
+        return now - self.born < REJECT_AFTER_TIME and self.sent + packets <= REJECT_AFTER_MESSAGES
+
+    def is_stale(self, now: float) -> bool:
+        """Whether whoever sends on it should ask for its successor."""
+        return self.sent > REKEY_AFTER_MESSAGES or (
+            self.initiator and now - self.born >= REKEY_AFTER_TIME
+        )
+
+    def is_ending(self, now: float) -> bool:
+        """Whether an initiator who only receives on it should ask for its successor."""
+        return self.initiator and now - self.born >= REKEY_ON_RECEIVE_TIME
+
+    def seal(self, train: Train, mtu: int) -> tuple[bytes, int]:
+        """A train as datagrams laid end to end and the length of each but the last.
+
+        Packets are padded to 16 octets, but never beyond `mtu`. Rejected when the counters have run
+        out. Costs about 0.25 us a packet above the AEAD.
+        """
+        size = len(train[0])
+        padding = min(-size % PADDING, mtu - size)
+        if padding > 0 or len(train[-1]) != size:
+            train = [packet + bytes(min(-len(packet) % 16, mtu - len(packet))) for packet in train]
+        counter = self.sent
+        if counter + len(train) > REJECT_AFTER_MESSAGES:
+            raise Rejected("counters exhausted")
+        self.sent += len(train)
+        encrypt, header, nonce, outgoing = self._encrypt, _HEADER, _NONCE, self._outgoing
+        parts: list[bytes] = []
+        add = parts.append
+        for packet in train:
+            add(header(outgoing, counter))
+            add(encrypt(nonce(counter), packet, None))
+            counter += 1
+        return b"".join(parts), len(parts[1]) + HEADER_LEN
+
+    def open(
+        self, octets: memoryview, start: int, segment: int, drops: Counter[str]
+    ) -> tuple[list[bytes], int]:
+        """Open the datagrams from `start` on for as long as they name this session.
+
+        Returns the padded packets that are authentic and new, keepalives as empty ones, and where
+        the first datagram that is not of this session begins. The rest is counted in `drops`.
+        Costs about 0.4 us a packet above the AEAD.
+        """
+        decrypt, words, nonce, incoming = self._decrypt, _WORDS, _NONCE, self._incoming
+        opened: list[bytes] = []
+        add = opened.append
+        begin = expected = first = 0
+        at = start
+        for at in range(start, len(octets) - TRANSPORT_LEN + 1, segment):
+            named, counter = words(octets, at)
+            if named != incoming:
+                break
+            if counter != expected:
+                self._settle(opened, begin, first, drops)
+                begin = len(opened)
+                first = expected = counter
+            try:
+                add(decrypt(nonce(counter), octets[at + HEADER_LEN : at + segment], None))
+                expected += 1
+            except InvalidTag:
+                drops["forged"] += 1
+                # No counter is negative: whatever comes next begins a run of its own.
+                expected = -1
+        else:
+            at += segment
+        self._settle(opened, begin, first, drops)
+        return opened, at
+
+    def _settle(self, opened: list[bytes], begin: int, first: int, drops: Counter[str]) -> None:
+        """Ask the window about a run of consecutive counters; strike out what it refuses."""
+        count = len(opened) - begin
+        if not count or self._window.advance(first, count):
+            return
+        admit = self._window.admit
+        fresh = [packet for number, packet in enumerate(opened[begin:], first) if admit(number)]
+        drops["replayed"] += count - len(fresh)
+        opened[begin:] = fresh
+
+
+class Slots:
+    """The sessions of one peer: previous, current and next (WireGuard paper, 6.3).
+
+    Everything is sent on `current`. What displaces a session returns it, so that its index can be
+    given back.
+    """
+
+    __slots__ = ("current", "next", "previous")
+
+    def __init__(self) -> None:
+        self.previous: Session | None = None
+        self.current: Session | None = None
+        self.next: Session | None = None
+
+    def find(self, index: int) -> Session | None:
+        """The session we call `index`."""
+        for session in (self.current, self.next, self.previous):
+            if session is not None and session.local == index:
+                return session
+        return None
+
+    def initiated(self, session: Session) -> list[Session]:
+        """The responder has proved that it has the keys, so they may be used at once."""
+        if self.next is None:
+            dropped = [self.previous]
+            self.previous = self.current
+        else:
+            # Both sides called at the same time: the peer may be sending on the other one.
+            dropped = [self.previous, self.current]
+            self.previous, self.next = self.next, None
+        self.current = session
+        return [old for old in dropped if old is not None]
+
+    def responded(self, session: Session) -> list[Session]:
+        """The initiator has not proved anything yet: its old message may have been replayed."""
+        dropped = [self.previous, self.next]
+        self.previous, self.next = None, session
+        return [old for old in dropped if old is not None]
+
+    def confirmed(self) -> list[Session]:
+        """The first packet came on `next`: from now on it is the one to send on."""
+        dropped = self.previous
+        self.previous, self.current, self.next = self.current, self.next, None
+        return [] if dropped is None else [dropped]
+
+    def clear(self) -> list[Session]:
+        """Forget all keys."""
+        dropped = [self.previous, self.current, self.next]
+        self.previous = self.current = self.next = None
+        return [old for old in dropped if old is not None]
