@@ -12,14 +12,15 @@ from ipaddress import AddressValueError, IPv6Address
 from typing import Self
 
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+from dns.message import Message
 
 from builder_orch.errors import TunnelNotUp
 from builder_orch.tunnel import dns
 from builder_orch.tunnel.carrier import Carrier
 from builder_orch.tunnel.carrier.udp import UdpCarrier
 from builder_orch.tunnel.config import PeerConfig, PublicKey, TunnelConfig
-from builder_orch.tunnel.ipv6.connection import Connection, End
-from builder_orch.tunnel.ipv6.stack import (
+from builder_orch.tunnel.ipv6.connection import Connection
+from builder_orch.tunnel.ipv6.events import (
     Accepted,
     Closed,
     DatagramReceived,
@@ -27,9 +28,10 @@ from builder_orch.tunnel.ipv6.stack import (
     Event,
     Opened,
     Readable,
-    Stack,
     Writable,
 )
+from builder_orch.tunnel.ipv6.stack import Stack
+from builder_orch.tunnel.ipv6.state import End
 from builder_orch.tunnel.machine import Address, Endpoint, Malformed
 from builder_orch.tunnel.stream import Splice, loopback_pair, reset
 from builder_orch.tunnel.wireguard.interface import (
@@ -264,8 +266,9 @@ class Tunnel:
 
     def _turn(self, now: float) -> None:
         stack, interface, carrier = self._stack, self._interface, self._carrier
+        events = stack.events()
         while True:
-            for event in stack.events():
+            for event in events:
                 self._handle(event)
             if not carrier.blocked:
                 for train in stack.transmit(now):
@@ -274,9 +277,11 @@ class Tunnel:
                 interface.summon(remote, now)
             for datagrams in interface.transmit(now):
                 carrier.send(datagrams)
-            if self._session_began():
+            began = self._session_began()
+            if began:
                 stack.kick(now)
-            elif not stack.has_events:
+            events = stack.events()
+            if not events and not began:
                 return
 
     def _session_began(self) -> bool:
@@ -382,11 +387,11 @@ class Tunnel:
             self.pump()
             await opening
         except BaseException:
+            del self._opening[connection]
             connection.abort()
             self.pump()
             raise
-        finally:
-            del self._opening[connection]
+        del self._opening[connection]
         return connection
 
     async def _accept(self, connection: Connection) -> None:
@@ -414,10 +419,8 @@ class Tunnel:
             self._ended(connection)
         self.pump()
 
-    async def _ask(
-        self, server: Address, question: dns.Question, wait_s: float
-    ) -> dns.Message | None:
-        future: asyncio.Future[dns.Message] = self._loop.create_future()
+    async def _ask(self, server: Address, question: dns.Question, wait_s: float) -> Message | None:
+        future: asyncio.Future[Message] = self._loop.create_future()
 
         def judge(payload: bytes, remote: Address) -> None:
             if remote == server and not future.done():
@@ -439,7 +442,7 @@ class Tunnel:
             self._stack.unbind(port)
             del self._answers[port]
 
-    async def _ask_by_stream(self, question: dns.Question) -> dns.Message:
+    async def _ask_by_stream(self, question: dns.Question) -> Message:
         sock = await self.dial(str(self._config.dns), dns.PORT, timeout_s=5.0)
         reader, writer = await asyncio.open_connection(sock=sock)
         try:

@@ -10,7 +10,8 @@ import socket
 import struct
 from collections.abc import Callable
 
-from builder_orch.tunnel.ipv6.connection import Connection, End
+from builder_orch.tunnel.ipv6.connection import Connection
+from builder_orch.tunnel.ipv6.state import End
 
 CHUNK = 256 << 10
 """Octets moved by one system call between the local socket and the connection."""
