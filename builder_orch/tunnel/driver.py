@@ -5,17 +5,17 @@ import os
 import socket
 import struct
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from ipaddress import AddressValueError, IPv6Address
-from typing import Self
 
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from dns.message import Message
 
 from builder_orch.errors import TunnelNotUp
 from builder_orch.tunnel import dns
+from builder_orch.tunnel.capture import Capture
 from builder_orch.tunnel.carrier import Carrier
 from builder_orch.tunnel.carrier.udp import UdpCarrier
 from builder_orch.tunnel.config import PeerConfig, PublicKey, TunnelConfig
@@ -78,9 +78,10 @@ class Tunnel:
     """
 
     def __init__(
-        self, config: TunnelConfig, carrier: Carrier, addresses: Iterable[IPv6Address]
+        self, config: TunnelConfig, carrier: Carrier, *, capture: Capture | None = None
     ) -> None:
         self._config = config
+        self._capture = capture
         self._carrier = carrier
         self._loop = asyncio.get_running_loop()
         now = boot_time()
@@ -92,7 +93,10 @@ class Tunnel:
             peers=config.peers,
         )
         self._stack = Stack(
-            addresses, mtu=config.mtu, entropy=os.urandom, path=self._interface.has_session
+            [config.address],
+            mtu=config.mtu,
+            entropy=os.urandom,
+            path=self._interface.has_session,
         )
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = 0.0
@@ -272,6 +276,8 @@ class Tunnel:
                 self._handle(event)
             if not carrier.blocked:
                 for train in stack.transmit(now):
+                    if self._capture is not None:
+                        self._capture.record(train)
                     interface.send(train, now)
             for remote in stack.summons():
                 interface.summon(remote, now)
@@ -320,6 +326,8 @@ class Tunnel:
         now = boot_time()
         packets = self._interface.receive(octets, segment, source, now)
         if packets:
+            if self._capture is not None:
+                self._capture.record(packets)
             self._stack.receive(packets, now)
 
     def _handle(self, event: Event) -> None:
@@ -472,11 +480,6 @@ class Tunnel:
             self._timer.cancel()
         self._carrier.close()
 
-    @classmethod
-    def over(cls, config: TunnelConfig, carrier: Carrier) -> Self:
-        """A tunnel with the one address of its configuration."""
-        return cls(config, carrier, [config.address])
-
 
 async def _numeric(endpoint: Endpoint) -> Endpoint:
     """The endpoint with its host looked up by the system's resolver."""
@@ -508,12 +511,13 @@ async def _carrier_for(config: TunnelConfig) -> Carrier:
 
 @asynccontextmanager
 async def open_tunnel(
-    config: TunnelConfig, *, carrier: Carrier | None = None
+    config: TunnelConfig, *, carrier: Carrier | None = None, capture: Capture | None = None
 ) -> AsyncGenerator[Tunnel]:
     """A tunnel that lives as long as the block; no interface, no privileges.
 
     Leaving the block resets what is still open. TunnelNotUp if no socket can be had; that the far
-    end answers is known after `ready`, or with the first `dial`.
+    end answers is known after `ready`, or with the first `dial`. `capture` is shown every inner
+    packet, both ways.
     """
     X25519PrivateKey.from_private_bytes(config.private_key)
     peers = [
@@ -521,7 +525,7 @@ async def open_tunnel(
         for peer in config.peers
     ]
     config = replace(config, peers=tuple(peers))
-    tunnel = Tunnel.over(config, carrier or await _carrier_for(config))
+    tunnel = Tunnel(config, carrier or await _carrier_for(config), capture=capture)
     try:
         yield tunnel
     finally:
