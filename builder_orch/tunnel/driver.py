@@ -5,16 +5,14 @@ import os
 import socket
 import struct
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
 from ipaddress import AddressValueError, IPv6Address
 
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
-from dns.message import Message
 
 from builder_orch.errors import TunnelNotUp
-from builder_orch.tunnel import dns
 from builder_orch.tunnel.capture import Capture
 from builder_orch.tunnel.carrier import Carrier
 from builder_orch.tunnel.carrier.udp import UdpCarrier
@@ -32,7 +30,8 @@ from builder_orch.tunnel.ipv6.events import (
 )
 from builder_orch.tunnel.ipv6.stack import Stack
 from builder_orch.tunnel.ipv6.state import End
-from builder_orch.tunnel.machine import Address, Endpoint, Malformed
+from builder_orch.tunnel.machine import Address, Endpoint
+from builder_orch.tunnel.resolver import STREAM_TIMEOUT_S, Resolver
 from builder_orch.tunnel.stream import Splice, loopback_pair, reset
 from builder_orch.tunnel.wireguard.interface import (
     HandshakeStarted,
@@ -41,8 +40,6 @@ from builder_orch.tunnel.wireguard.interface import (
     SessionStarted,
 )
 
-DNS_TIMEOUTS_S = (0.5, 1.0, 1.5, 2.0)
-"""Waits for the answer to each of the UDP questions; together they stay within five seconds."""
 PING_PAYLOAD = bytes(range(32))
 BACKEND_TIMEOUT_S = 10.0
 
@@ -109,6 +106,7 @@ class Tunnel:
         self._echoes: dict[tuple[bytes, int, int], asyncio.Future[None]] = {}
         self._established: dict[PublicKey, asyncio.Event] = {}
         self._attempts = 0
+        self._resolver = Resolver(config.dns, self.datagrams, self._dial_address)
         self._tasks: set[asyncio.Task[None]] = set()
         carrier.start(self._deliver, self.pump)
 
@@ -143,6 +141,9 @@ class Tunnel:
         self._splice(connection, ours)
         return theirs
 
+    async def _dial_address(self, address: IPv6Address, port: int) -> socket.socket:
+        return await self.dial(str(address), port, timeout_s=STREAM_TIMEOUT_S)
+
     def dial_blocking(self, host: str, port: int, *, timeout_s: float = 30.0) -> socket.socket:
         """`dial` for any other thread than the event loop's."""
         dialling = self.dial(host, port, timeout_s=timeout_s)
@@ -159,17 +160,26 @@ class Tunnel:
 
     async def resolve(self, name: str) -> list[IPv6Address]:
         """IPv6 addresses of an inside name, asked of the tunnel's DNS server over UDP, then TCP."""
-        if self._config.dns is None:
-            raise dns.NameUnknown(f"{name}: the tunnel has no DNS server")
-        question = dns.Question(name, os.urandom)
-        server = (self._config.dns.packed, dns.PORT)
-        for wait_s in DNS_TIMEOUTS_S:
-            answer = await self._ask(server, question, wait_s)
-            if answer is not None:
-                if dns.is_truncated(answer):
-                    answer = await self._ask_by_stream(question)
-                return question.addresses(answer)
-        raise TimeoutError(f"inside DNS [{self._config.dns}]:{dns.PORT} does not answer")
+        return await self._resolver.resolve(name)
+
+    @contextmanager
+    def datagrams(self, heard: Answer) -> Iterator[Callable[[Address, bytes], None]]:
+        """A random UDP port of ours for the length of the block; yields how to send from it.
+
+        What comes to it is given to `heard`, whose result, if any, goes back to the sender.
+        """
+        port = self._stack.bind(None)
+        self._answers[port] = heard
+
+        def send(remote: Address, payload: bytes) -> None:
+            self._stack.send_datagram(port, remote, payload)
+            self.pump()
+
+        try:
+            yield send
+        finally:
+            self._stack.unbind(port)
+            del self._answers[port]
 
     async def ping(self, address: IPv6Address, *, timeout_s: float = 5.0) -> float:
         """Seconds that an ICMPv6 echo took there and back; TimeoutError without an answer."""
@@ -426,40 +436,6 @@ class Tunnel:
         if connection.end is not None:
             self._ended(connection)
         self.pump()
-
-    async def _ask(self, server: Address, question: dns.Question, wait_s: float) -> Message | None:
-        future: asyncio.Future[Message] = self._loop.create_future()
-
-        def judge(payload: bytes, remote: Address) -> None:
-            if remote == server and not future.done():
-                try:
-                    future.set_result(question.judge(payload))
-                except Malformed:
-                    return
-
-        port = self._stack.bind(None)
-        self._answers[port] = judge
-        try:
-            self._stack.send_datagram(port, server, question.octets)
-            self.pump()
-            async with asyncio.timeout(wait_s):
-                return await future
-        except TimeoutError:
-            return None
-        finally:
-            self._stack.unbind(port)
-            del self._answers[port]
-
-    async def _ask_by_stream(self, question: dns.Question) -> Message:
-        sock = await self.dial(str(self._config.dns), dns.PORT, timeout_s=5.0)
-        reader, writer = await asyncio.open_connection(sock=sock)
-        try:
-            writer.write(struct.pack("!H", len(question.octets)) + question.octets)
-            async with asyncio.timeout(5.0):
-                (size,) = struct.unpack("!H", await reader.readexactly(2))
-                return question.judge(await reader.readexactly(size))
-        finally:
-            writer.close()
 
     def _own(self, work: Awaitable[None]) -> None:
         """Run a coroutine that belongs to this tunnel and ends with it."""
