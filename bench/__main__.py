@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 from bench.lab import FAR, NEAR, PLAIN_FAR, ROOT, Lab, build_peers, missing
 
-SUBJECTS = ("ours", "netstack", "kernel-wg", "kernel")
+SUBJECTS = ("ours", "inline", "netstack", "kernel-wg", "kernel")
+"""`ours` hosts the tunnel in a process of its own, as commands do; `inline` does not."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ def tasks(size: int) -> list[Task]:
         Task("both", "both", size),
         Task("up, 8 streams", "up", size, 8),
         Task("echo 64 B", "echo", 2000),
-        Task("up, busy thread", "busy-up", size, 1, ("ours",)),
+        Task("up, busy thread", "busy-up", size, 1, ("ours", "inline")),
     ]
 
 
@@ -48,8 +49,8 @@ def run_one(lab: Lab, subject: str, task: Task) -> dict[str, float]:
         assert child.stdin is not None
         child.stdin.write(lab.uapi("near"))
         child.stdin.close()
-    elif subject == "ours":
-        child = lab.python(lab.near, "ours", str(lab.config), FAR, str(lab.ports[FAR]), *words)
+    elif subject in {"ours", "inline"}:
+        child = lab.python(lab.near, subject, str(lab.config), FAR, str(lab.ports[FAR]), *words)
     elif subject == "kernel-wg":
         wireguard = lab.tun(lab.near, NEAR, lab.uapi("near"))
         child = lab.python(lab.near, "kernel", FAR, str(lab.ports[FAR]), *words)

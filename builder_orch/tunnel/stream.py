@@ -18,6 +18,7 @@ CHUNK = 256 << 10
 CHUNKS_PER_WAKEUP = 4
 PAIR_BUFFER = 1 << 20
 _ABORT_ON_CLOSE = struct.pack("ii", 1, 0)
+_FINISH_ON_CLOSE = struct.pack("ii", 0, 0)
 
 
 def loopback_pair() -> tuple[socket.socket, socket.socket]:
@@ -48,9 +49,13 @@ def loopback_pair() -> tuple[socket.socket, socket.socket]:
 
 def reset(sock: socket.socket) -> None:
     """Close a TCP socket so that its peer sees a reset instead of an end of file."""
-    if sock.family != socket.AF_UNIX:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _ABORT_ON_CLOSE)
+    _linger(sock, _ABORT_ON_CLOSE)
     sock.close()
+
+
+def _linger(sock: socket.socket, how: bytes) -> None:
+    if sock.family != socket.AF_UNIX:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, how)
 
 
 class Splice:
@@ -75,6 +80,8 @@ class Splice:
         self._outbound_done = False
         self.closed = False
         sock.setblocking(False)
+        # Should this process be killed, its sockets are closed by the kernel: as resets, too.
+        _linger(sock, _ABORT_ON_CLOSE)
 
     def start(self) -> None:
         """Begin to move octets; what the connection already holds is delivered first."""
@@ -189,6 +196,7 @@ class Splice:
     def _close_if_done(self) -> None:
         if self._inbound_done and self._outbound_done and not self.closed:
             self._forget()
+            _linger(self._socket, _FINISH_ON_CLOSE)
             self._socket.close()
 
     def _forget(self) -> None:

@@ -1,0 +1,217 @@
+"""A tunnel in a process of its own, used from this one as if it were here.
+
+Packets are sealed and opened in Python, and every system call gives the interpreter away: a thread
+that computes beside the tunnel takes nine tenths of its speed. In a process of its own the tunnel
+keeps its pace whatever the application does; what crosses between them in bulk is a descriptor's
+octets, which the kernel copies.
+"""
+
+import asyncio
+import itertools
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import AsyncGenerator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from ipaddress import IPv6Address
+from pathlib import Path
+
+from builder_orch.errors import TunnelNotUp
+from builder_orch.tunnel import control
+from builder_orch.tunnel.config import TunnelConfig
+from builder_orch.tunnel.control import Inbox, Message
+from builder_orch.tunnel.dns import NameUnknown
+
+EXIT_TIMEOUT_S = 5.0
+_KINDS: dict[object, type[OSError]] = {
+    "name-unknown": NameUnknown,
+    "refused": ConnectionRefusedError,
+    "reset": ConnectionResetError,
+    "timed-out": TimeoutError,
+}
+
+
+class HostedTunnel:
+    """The abilities of `Tunnel`, carried out by another process; belongs to the loop it was made on
+    but for `dial_blocking`. When that process ends, what is open is reset and requests fail.
+    """
+
+    def __init__(self, sock: socket.socket, pid: int) -> None:
+        self.pid = pid
+        self._socket = sock
+        self._inbox = Inbox()
+        self._loop = asyncio.get_running_loop()
+        self._numbers = itertools.count(1)
+        self._waiting: dict[object, asyncio.Future[object]] = {}
+        self._reports: dict[object, Callable[[str], None]] = {}
+        self._gone = False
+        sock.setblocking(False)
+        self._loop.add_reader(sock, self._on_readable)
+
+    async def open(self, config: TunnelConfig, capture: Path | None) -> None:
+        """Have the tunnel opened; the first request there is. Failures as of `open_tunnel`."""
+        # Over the pair and not by argument: the configuration holds the private key.
+        text = config.dump()
+        await self._ask({"do": "open", "config": text, "capture": str(capture) if capture else ""})
+
+    async def dial(self, host: str, port: int, *, timeout_s: float = 30.0) -> socket.socket:
+        """As `Tunnel.dial`."""
+        request: Message = {"do": "dial", "host": host, "port": port, "timeout_s": timeout_s}
+        descriptor = await self._ask(request)
+        assert isinstance(descriptor, int)
+        return socket.socket(fileno=descriptor)
+
+    def dial_blocking(self, host: str, port: int, *, timeout_s: float = 30.0) -> socket.socket:
+        """`dial` for any other thread than the event loop's."""
+        dialling = self.dial(host, port, timeout_s=timeout_s)
+        return asyncio.run_coroutine_threadsafe(dialling, self._loop).result()
+
+    async def resolve(self, name: str) -> list[IPv6Address]:
+        """As `Tunnel.resolve`."""
+        found = await self._ask({"do": "resolve", "name": name})
+        assert isinstance(found, list)
+        return [IPv6Address(address) for address in found]
+
+    async def ping(self, address: IPv6Address, *, timeout_s: float = 5.0) -> float:
+        """As `Tunnel.ping`."""
+        request: Message = {"do": "ping", "address": str(address), "timeout_s": timeout_s}
+        return float(str(await self._ask(request)))
+
+    async def ready(
+        self, *, timeout_s: float, report: Callable[[str], None] = lambda _: None
+    ) -> float:
+        """As `Tunnel.ready`."""
+        took = await self._ask({"do": "ready", "timeout_s": timeout_s}, report)
+        return float(str(took))
+
+    async def drops(self) -> dict[str, int]:
+        """How many packets each core threw away, by reason."""
+        drops = await self._ask({"do": "drops"})
+        assert isinstance(drops, dict)
+        return {str(reason): int(count) for reason, count in drops.items()}
+
+    async def _ask(self, request: Message, report: Callable[[str], None] | None = None) -> object:
+        if self._gone:
+            raise _lost()
+        number = next(self._numbers)
+        self._waiting[number] = future = self._loop.create_future()
+        if report is not None:
+            self._reports[number] = report
+        try:
+            control.send(self._socket, {"id": number, **request})
+        except (BrokenPipeError, ConnectionResetError):
+            self._lose()
+        try:
+            # Given up, it stays in the table: its answer may bring a descriptor to be closed.
+            return await future
+        finally:
+            self._reports.pop(number, None)
+
+    def _on_readable(self) -> None:
+        try:
+            going = self._inbox.receive(self._socket)
+        except BlockingIOError:
+            return
+        except OSError:
+            going = False
+        for message in self._inbox.messages():
+            self._settle(message)
+        if not going:
+            self._lose()
+
+    def _settle(self, message: Message) -> None:
+        number = message.get("id")
+        if "reason" in message:
+            if (report := self._reports.get(number)) is not None:
+                report(str(message["reason"]))
+            return
+        waiting = self._waiting.pop(number, None)
+        if message.get("result") == control.DESCRIPTOR:
+            descriptor = self._inbox.descriptor()
+            if waiting is None or waiting.done():
+                os.close(descriptor)
+            else:
+                waiting.set_result(descriptor)
+        elif waiting is None or waiting.done():
+            return
+        elif "failure" in message:
+            waiting.set_exception(_failure(message))
+        else:
+            waiting.set_result(message.get("result"))
+
+    def _lose(self) -> None:
+        self._gone = True
+        self._loop.remove_reader(self._socket)
+        for waiting in self._waiting.values():
+            if not waiting.done():
+                waiting.set_exception(_lost())
+        self._waiting.clear()
+
+    def close(self) -> None:
+        """Let the other process end, and with it all that is open."""
+        if not self._gone:
+            self._lose()
+        self._inbox.close()
+        self._socket.close()
+
+
+def _failure(message: Message) -> Exception:
+    text = str(message.get("message"))
+    if message["failure"] == "tunnel-not-up":
+        return TunnelNotUp(text, hint=str(message.get("hint")))
+    return _KINDS.get(message["failure"], OSError)(text)
+
+
+def _lost() -> ConnectionResetError:
+    return ConnectionResetError("the tunnel's process has ended")
+
+
+OpenHosted = Callable[[TunnelConfig], AbstractAsyncContextManager[HostedTunnel]]
+
+
+@asynccontextmanager
+async def hosting(*, capture: Path | None = None) -> AsyncGenerator[OpenHosted]:
+    """Start the other process now; what is yielded opens its one tunnel when it is needed.
+
+    The process ends with the block, or with this process. `capture` names a new file for the inner
+    packets.
+    """
+    ours, theirs = socket.socketpair()
+    words = [sys.executable, "-m", "builder_orch.tunnel.host", str(theirs.fileno())]
+    with theirs:
+        child = await asyncio.to_thread(
+            subprocess.Popen, words, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL
+        )
+    tunnel = HostedTunnel(ours, child.pid)
+
+    @asynccontextmanager
+    async def open_in_it(config: TunnelConfig) -> AsyncGenerator[HostedTunnel]:
+        await tunnel.open(config, capture)
+        try:
+            yield tunnel
+        finally:
+            tunnel.close()
+
+    try:
+        yield open_in_it
+    finally:
+        tunnel.close()
+        await asyncio.to_thread(_reap, child)
+
+
+@asynccontextmanager
+async def open_hosted_tunnel(
+    config: TunnelConfig, *, capture: Path | None = None
+) -> AsyncGenerator[HostedTunnel]:
+    """`open_tunnel` in a process of its own."""
+    async with hosting(capture=capture) as open_in_it, open_in_it(config) as tunnel:
+        yield tunnel
+
+
+def _reap(child: "subprocess.Popen[bytes]") -> None:
+    try:
+        child.wait(EXIT_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        child.wait()
