@@ -51,12 +51,20 @@ class Congestion(Protocol):
         """A new window with losses; called once for each."""
         ...
 
+    def on_spurious(self) -> None:
+        """The losses told last were none."""
+        ...
+
     def on_rto(self, in_flight: int, now: float) -> None:
         """The retransmission timer fired for the first time since the last progress."""
         ...
 
     def on_idle(self) -> None:
-        """What was known about the path is stale: it was idle for an RTO, or went away."""
+        """What was known about the path is stale: nothing was sent for an RTO."""
+        ...
+
+    def on_restart(self) -> None:
+        """The path was away and is back: timeouts meanwhile were not about congestion."""
         ...
 
     def on_mss(self, mss: int) -> None:
@@ -80,6 +88,8 @@ class Cubic:
         self._origin = 0.0
         self._reno = 0.0
         self._growth = 0.0
+        self._before_loss: tuple[int, float, float] | None = None
+        self._before_rto: tuple[float, float] | None = None
 
     @property
     def pacing_rate(self) -> float | None:
@@ -88,6 +98,7 @@ class Cubic:
 
     def on_ack(self, delivered: Delivered, recovering: bool) -> None:
         """§4.1 to 4.4; no growth while repairing, or when cwnd was not what limited us (§4.2)."""
+        self._before_rto = None
         if recovering or not delivered.limited or not delivered.octets:
             return
         if self.cwnd < self.ssthresh:
@@ -97,6 +108,7 @@ class Cubic:
 
     def on_loss(self, in_flight: int, now: float) -> None:  # noqa: ARG002
         """§4.6, with fast convergence (§4.7)."""
+        self._before_loss = self.cwnd, self.ssthresh, self._w_max
         window = self.cwnd / self._mss
         if window < self._w_max:
             self._w_max = window * (1 + self.BETA) / 2
@@ -106,15 +118,31 @@ class Cubic:
         self.cwnd = int(self.ssthresh)
         self._epoch = None
 
+    def on_spurious(self) -> None:
+        """§4.9.2: as if nothing had been."""
+        if self._before_loss is not None:
+            cwnd, self.ssthresh, self._w_max = self._before_loss
+            self.cwnd = max(self.cwnd, cwnd)
+            self._before_loss = self._epoch = None
+
     def on_rto(self, in_flight: int, now: float) -> None:
         """§4.8: start again from one segment."""
+        before = self.ssthresh, self._w_max
         self.on_loss(in_flight, now)
+        self._before_rto = before
         self.cwnd = self._mss
 
     def on_idle(self) -> None:
         """The restart window of RFC 5681 §4.1."""
         self.cwnd = min(self.cwnd, INITIAL_SEGMENTS * self._mss)
         self._epoch = None
+
+    def on_restart(self) -> None:
+        """A new start, with what was known before the first timeout."""
+        if self._before_rto is not None:
+            self.ssthresh, self._w_max = self._before_rto
+        self.cwnd = INITIAL_SEGMENTS * self._mss
+        self._epoch = self._before_rto = None
 
     def on_mss(self, mss: int) -> None:
         """Keep the octets; never less than a segment."""

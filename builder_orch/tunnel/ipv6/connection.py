@@ -5,6 +5,7 @@ of §3.10.7. The stack calls in with the time; the application's calls have none
 for the next `transmit`.
 """
 
+from math import inf
 from typing import Protocol, Self
 
 from builder_orch.tunnel.ipv6.allowance import Allowance
@@ -83,6 +84,7 @@ class Connection:
         self.was_open = False
         self.held = False
         self.queued_at: float | None = None
+        self.due_at: float | None = None
         self._host = host
         self._template = Template(local, remote)
         self._mss = mtu - PACKET_OVERHEAD
@@ -192,9 +194,10 @@ class Connection:
     def release(self) -> None:
         """Nobody will read any more: what was written is still delivered, what arrives is reset.
 
-        With something left unread it is reset at once (RFC 2525 §2.17).
+        With something left unread it is reset at once (RFC 2525 §2.17), and so is an attempt that
+        nothing was written to.
         """
-        if self.receiver.readable:
+        if self.receiver.readable or not (self.was_open or self.sender.holds_data):
             self.abort()
             return
         self._released = True
@@ -228,7 +231,7 @@ class Connection:
             if was_empty:
                 self._host.announce(self, Notice.READABLE)
         ack = sender.una + run.acked
-        self._update = receiver.nxt - run.octets, ack
+        self._update = receiver.nxt - (len(run.payloads[-1]) if run.payloads else 0), ack
         edge = ack + (run.window << self._scale)
         if edge != sender.edge:
             sender.window_is(edge)
@@ -249,15 +252,19 @@ class Connection:
         """When to ask `transmit` again."""
         if self.end:
             return None
-        timers = [self._give_up_at, self._linger_at]
-        if self.sender.waiting_since is not None:
-            timers.append(self.sender.waiting_since + USER_TIMEOUT)
+        sender = self.sender
+        since = sender.waiting_since
+        earliest = inf if since is None else since + USER_TIMEOUT
+        timers: tuple[float | None, ...] = (self._give_up_at, self._linger_at)
         if not self.held:
             if self._handshake is not None:
-                timers.append(self._handshake.at)
+                timers += (self._handshake.at,)
             else:
-                timers += (self.sender.deadline(), self.receiver.ack_at, self._keepalive_at())
-        return min((at for at in timers if at is not None), default=None)
+                timers += (sender.deadline(), self.receiver.ack_at, self._keepalive_at())
+        for at in timers:
+            if at is not None and at < earliest:
+                earliest = at
+        return None if earliest == inf else earliest
 
     def transmit(self, now: float, path: bool) -> list[Train]:
         """Whatever may go now; nothing while `path` is closed, which holds the connection."""
@@ -316,7 +323,7 @@ class Connection:
         sender = self.sender
         mss = max(min(self._mss, syn.mss or DEFAULT_MSS), MINIMUM_MSS)
         if mss < sender.mss:
-            sender.mss = mss
+            sender.peer_takes(mss)
             sender.congestion = Cubic(mss)
         sender.selective = syn.sack_permitted
         self._scale = syn.scale or 0
@@ -480,10 +487,10 @@ class Connection:
             return
         was_empty = not receiver.readable
         grew = receiver.accept(seq, segment.payload, fin, now)
-        if receiver.finished:
-            self._receive_fin()
         if receiver.finished or (grew and was_empty):
             self._host.announce(self, Notice.READABLE)
+        if receiver.finished:
+            self._receive_fin()
 
     def _receive_fin(self) -> None:
         if self.state is State.ESTABLISHED:
@@ -505,17 +512,22 @@ class Connection:
             self._finish(End.TIMED_OUT)
         elif self._linger_at is not None and self._linger_at <= now:
             self._finish(End.FINISHED)
-        elif (since is not None and since + USER_TIMEOUT <= now) or (
-            not self.held and self._keepalive.is_hopeless and self._keepalive_due(now)
-        ):
+        elif (since is not None and since + USER_TIMEOUT <= now) or self._is_gone(now):
             self._stray = [self._reset()]
             self._finish(End.TIMED_OUT)
 
     def _keepalive_at(self) -> float | None:
-        """While data is outstanding the sender asks by itself."""
-        if self._handshake is not None or self.sender.una < self.sender.nxt:
+        """When to ask, or to give up; while data is outstanding the sender asks by itself."""
+        if self._handshake is not None:
             return None
+        if self.sender.una < self.sender.nxt:
+            return self._keepalive.limit()
         return self._keepalive.deadline()
+
+    def _is_gone(self, now: float) -> bool:
+        if self.held or not self._keepalive_due(now):
+            return False
+        return self.sender.una < self.sender.nxt or self._keepalive.is_hopeless
 
     def _keepalive_due(self, now: float) -> bool:
         at = self._keepalive_at()
@@ -533,6 +545,7 @@ class Connection:
 
     def _resume(self, now: float) -> None:
         """The path is open again after a hold."""
+        self._keepalive.heard(now)
         if self._handshake is not None:
             self._handshake.again(self.sender.rtt, now)
         else:

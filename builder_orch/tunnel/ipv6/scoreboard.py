@@ -63,7 +63,8 @@ class Scoreboard:
     """The runs in flight, RACK's view of time (RFC 8985 §6), and one acknowledgement's samples.
 
     Octets are in one of three sums: `in_flight` (the pipe of RFC 6675), `sacked` or `lost`.
-    `delivered` only grows. `rtt`, `newly` and `newest` are about the acknowledgement begun last.
+    `delivered` only grows. `rtt`, `newly`, `needless` (sent twice, but the first copy arrived) and
+    `newest` are about the acknowledgement begun last.
     """
 
     __slots__ = (
@@ -82,6 +83,7 @@ class Scoreboard:
         "delivered_at",
         "in_flight",
         "lost",
+        "needless",
         "newest",
         "newly",
         "rack_rtt",
@@ -99,6 +101,7 @@ class Scoreboard:
         self.delivered_at = 0.0
         self.reordering = False
         self.newly = 0
+        self.needless = 0
         self.newest: Run | None = None
         self.rack_rtt = 0.0
         self._rack_sent_at = -1.0
@@ -146,6 +149,7 @@ class Scoreboard:
     def begin(self) -> None:
         """The next calls belong to one acknowledgement."""
         self.newly = 0
+        self.needless = 0
         self.newest = None
         self._fastest = inf
         self._repaired = False
@@ -200,7 +204,7 @@ class Scoreboard:
         del runs[first + 1 : after]
 
     def repeated(self, una: int, nxt: int) -> None:
-        """The peer got something twice: tolerate more reordering, once a round trip (§6.2 step 4)."""
+        """The peer got something twice: tolerate more, once a round trip (§6.2 step 4)."""
         if una >= self._round_end:
             self._round_end = nxt
             self._spread = min(self._spread + 1, MAX_SPREAD)
@@ -325,7 +329,9 @@ class Scoreboard:
         if run.resent:
             self._repaired = True
             if elapsed < min_rtt:
-                return  # the answer to the first copy
+                self.needless += length  # too early to be about the second copy
+                self.reordering = True
+                return
         else:
             if end < self._fack:
                 self.reordering = True

@@ -230,7 +230,7 @@ class Template:
     ) -> list[bytes]:
         """`count` packets with `size` octets each out of `chunk` from `at`: plain ACK, no options.
 
-        The hot loop of every upload: 2 to 3 us for a full packet, most of it the checksum.
+        The hot loop of every upload: 2 to 4 us for a full packet, most of it the checksum.
         """
         seq &= MASK
         ack &= MASK

@@ -13,10 +13,12 @@ from builder_orch.tunnel.ipv6.train import train_limit
 from builder_orch.tunnel.machine import Train
 
 CAPACITY = 4 << 20
-USER_TIMEOUT = 180.0
-"""R2 of RFC 9293 §3.8.3: how long data may go without any progress; at least 100 s."""
+USER_TIMEOUT = 600.0
+"""R2 of RFC 9293 §3.8.3: how long data may go without progress; at least 100 s, Linux takes 924."""
 BLACK_HOLE_TIMEOUTS = 2
 """Timeouts in a row after which full packets are suspected to be too big for the path."""
+PROVEN_TIMEOUTS = 5
+"""The same when full packets have passed before."""
 FLOOR_MSS = 1220
 """What fits the 1280 octets that every IPv6 link carries."""
 MIN_PROBE_WAIT = 0.01
@@ -36,8 +38,10 @@ class Sender:
 
     __slots__ = (
         "_capacity",
+        "_doubtful",
         "_dupacks",
         "_frozen",
+        "_full_mss",
         "_limited",
         "_max_window",
         "_pace_at",
@@ -45,6 +49,7 @@ class Sender:
         "_probe_at",
         "_probe_end",
         "_probe_resent",
+        "_proven",
         "_recovery_point",
         "_reorder_at",
         "_touched_at",
@@ -73,7 +78,8 @@ class Sender:
         capacity: int = CAPACITY,
     ) -> None:
         self.una = self.nxt = self.edge = start
-        self.mss = mss
+        self.mss = self._full_mss = mss
+        self._proven = False
         self.outbox = Outbox(start, template)
         self.congestion = congestion
         self.board = Scoreboard()
@@ -85,6 +91,7 @@ class Sender:
         self._capacity = capacity
         self._max_window = 0
         self._dupacks = 0
+        self._doubtful = 0
         self._recovery_point: int | None = None
         self._frozen = False
         self._limited = False
@@ -112,6 +119,11 @@ class Sender:
         return taken
 
     @property
+    def holds_data(self) -> bool:
+        """Something written has not been acknowledged."""
+        return self.una < self.outbox.end
+
+    @property
     def is_roomy(self) -> bool:
         """At least half of the capacity is free: time to ask for more."""
         return self.room() * 2 >= self._capacity
@@ -127,6 +139,10 @@ class Sender:
         return self._max_window
 
     # -- what arrives
+
+    def peer_takes(self, mss: int) -> None:
+        """The largest segment the peer wants, from its SYN."""
+        self.mss = self._full_mss = mss
 
     def opened(self, window: int) -> None:
         """The handshake is over; `window` is the one it offered."""
@@ -152,6 +168,7 @@ class Sender:
         board.begin()
         if advanced > 0:
             self.una = ack
+            self._proven = self._proven or advanced > FLOOR_MSS
             self._dupacks = 0
             self.outbox.free(ack)
             board.acknowledge(ack, now, min_rtt)
@@ -166,6 +183,8 @@ class Sender:
         elif self.edge <= self.una:
             self.waiting_since = now  # a closed window that is answered is alive (§3.8.6.1)
         self._judge_probe(ack, blocks, now)
+        if board.needless and self._doubtful:
+            self._forgive()
         if advanced > 0:
             self._end_recovery()
         elif duplicate and not self.selective:
@@ -178,18 +197,21 @@ class Sender:
 
     def too_big(self, position: int, mss: int) -> None:
         """A packet with `position` did not fit the path; forged ones name nothing in flight."""
-        if not self.una <= position < self.nxt:
-            return
-        self._lower_mss(mss)
+        if self.una <= position < self.nxt:
+            self._full_mss = min(self._full_mss, mss)
+            self._lower_mss(mss)
 
     def restart(self, now: float) -> None:
         """The path came back: whatever is outstanding goes out again at once, without back-off."""
         self.rtt.backoff = 0
+        if self.mss < self._full_mss:
+            self.mss = self._full_mss
+            self.congestion.on_mss(self.mss)
         if self.una < self.nxt:
             self.board.lose_all()
             self._recovery_point = self.nxt
             self._frozen = False
-            self.congestion.on_idle()
+            self.congestion.on_restart()
             self.waiting_since = now
             self.rto_at = now + self.rtt.rto
         self._probe_at = self._reorder_at = self._pace_at = None
@@ -294,6 +316,7 @@ class Sender:
                 allowed -= upto - run.start
                 self.outbox.emit(trains, run.start, upto, mss, ack, window)
                 self._pace(upto - run.start, now)
+                self._doubtful += upto - run.start
                 board.resent(index, upto, now)
             index += 1
 
@@ -338,7 +361,16 @@ class Sender:
             self._recovery_point = self.nxt
             self._frozen = True
             self._urgent = True
+            self._doubtful = 0
             self.congestion.on_loss(self.board.in_flight, now)
+
+    def _forgive(self) -> None:
+        """Nothing of what was repaired had been lost: it was reordered (RFC 9438 §4.9)."""
+        self._doubtful = max(0, self._doubtful - self.board.needless)
+        if not self._doubtful and not self.board.lost:
+            self._recovery_point = None
+            self._frozen = False
+            self.congestion.on_spurious()
 
     def _end_recovery(self) -> None:
         if self._recovery_point is None:
@@ -366,12 +398,13 @@ class Sender:
         if self.rtt.backoff == 0:
             self.congestion.on_rto(board.in_flight, now)
         self.rtt.backoff += 1
-        if self.rtt.backoff == BLACK_HOLE_TIMEOUTS and self.edge > self.una:
+        patience = PROVEN_TIMEOUTS if self._proven else BLACK_HOLE_TIMEOUTS
+        if self.rtt.backoff == patience and self.edge > self.una:
             self._lower_mss(FLOOR_MSS)
         board.lose_all()
         self._recovery_point = self.nxt
         self._frozen = False
-        self._dupacks = 0
+        self._dupacks = self._doubtful = 0
         self._probe_at = self._probe_end = self._reorder_at = self._pace_at = None
         self.rto_at = now + self.rtt.rto
 
@@ -423,7 +456,7 @@ class Sender:
 
     def _judge_probe(self, ack: int, blocks: Blocks, now: float) -> None:
         """§7.4: a probe that was acknowledged without a DSACK has repaired a loss."""
-        repeated = any(right <= ack for _, right in blocks)
+        repeated = _is_repeated(ack, blocks)
         if repeated:
             self.board.repeated(self.una, self.nxt)
         if self._probe_end is None or ack < self._probe_end:
@@ -486,3 +519,11 @@ class Sender:
             ),
             self._frozen,
         )
+
+
+def _is_repeated(ack: int, blocks: Blocks) -> bool:
+    """Whether the first block reports octets that came twice (RFC 2883 §4)."""
+    if not blocks:
+        return False
+    left, right = blocks[0]
+    return right <= ack or (len(blocks) > 1 and blocks[1][0] <= left and right <= blocks[1][1])

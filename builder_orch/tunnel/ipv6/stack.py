@@ -107,9 +107,7 @@ class Stack:
         timeout_s: float = CONNECT_TIMEOUT,
     ) -> Connection:
         """Begin a connection; Opened or Closed follows. OSError when no address or port is left."""
-        source = local if local is not None else next(iter(self._addresses), None)
-        if source is None:
-            raise OSError("the stack has no address")
+        source = self._source(local)
         port = self._free_port(source, remote)
         ours = (source, port)
         connection = Connection(
@@ -150,7 +148,7 @@ class Stack:
         self, port: int, remote: Address, payload: bytes, *, local: bytes | None = None
     ) -> None:
         """Send one UDP datagram; ValueError when it does not fit the MTU."""
-        source = local if local is not None else next(iter(self._addresses))
+        source = self._source(local)
         packet = udp.emit((source, port), remote, payload)
         if len(packet) > self._mtu:
             raise ValueError(f"a datagram of {len(payload)} octets does not fit the MTU")
@@ -158,7 +156,7 @@ class Stack:
 
     def ping(self, remote: bytes, identifier: int, sequence: int, payload: bytes = b"") -> None:
         """Send one echo request; EchoReplied follows, or not."""
-        source = next(iter(self._addresses))
+        source = self._source(None)
         self._queue(icmp.echo(source, remote, icmp.Echo(True, identifier, sequence, payload)))
 
     def kick(self, now: float, carries: Callable[[bytes], bool] = always) -> None:
@@ -217,7 +215,7 @@ class Stack:
         waits = self._waits.deadline()
         while self._heap:
             at, _, connection = self._heap[0]
-            actual = connection.deadline() if connection.queued_at == at else None
+            actual = connection.due_at if connection.queued_at == at else None
             if actual is None:
                 heappop(self._heap)
                 if connection.queued_at == at:
@@ -281,7 +279,7 @@ class Stack:
             if connection.end:
                 self._forget(connection, now)
                 return
-        at = connection.deadline()
+        at = connection.due_at = connection.deadline()
         if at is not None and (connection.queued_at is None or at < connection.queued_at):
             connection.queued_at = at
             heappush(self._heap, (at, next(self._serial), connection))
@@ -291,7 +289,7 @@ class Stack:
         if self._connections.get(key) is not connection:
             return
         del self._connections[key]
-        connection.queued_at = None
+        connection.queued_at = connection.due_at = None
         if connection.is_passive and not connection.was_open:
             self._half_open -= 1
         if connection.state is State.TIME_WAIT:
@@ -415,6 +413,12 @@ class Stack:
         self._dirty[connection] = None
 
     # -- numbers
+
+    def _source(self, wanted: bytes | None) -> bytes:
+        source = next(iter(self._addresses), None) if wanted is None else wanted
+        if source is None or source not in self._addresses:
+            raise OSError("the stack has no such address")
+        return source
 
     def _listens(self, ours: Address) -> bool:
         address, port = ours

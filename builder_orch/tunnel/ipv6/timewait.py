@@ -1,5 +1,7 @@
 """TIME-WAIT: the few hundred octets kept of a connection that is over (RFC 9293 §3.6)."""
 
+from collections import OrderedDict
+
 from builder_orch.tunnel.ipv6.connection import TIME_WAIT, Connection
 from builder_orch.tunnel.ipv6.segment import ACK, FIN, RST, SYN, Segment, Template
 from builder_orch.tunnel.ipv6.seq import unwrap
@@ -22,7 +24,8 @@ class TimeWaits:
     """All connections in TIME-WAIT, by demultiplexing key, the first to expire first."""
 
     def __init__(self) -> None:
-        self._waits: dict[bytes, _Wait] = {}
+        # Not a dict: taking the first of a dict again and again steps over all that were taken.
+        self._waits: OrderedDict[bytes, _Wait] = OrderedDict()
 
     def __contains__(self, key: bytes) -> bool:
         return key in self._waits
@@ -33,21 +36,17 @@ class TimeWaits:
     def add(self, key: bytes, connection: Connection, now: float) -> None:
         """Wait in the name of a connection."""
         if len(self._waits) >= MAX_WAITS:
-            del self._waits[next(iter(self._waits))]
+            self._waits.popitem(last=False)
         self._waits[key] = _Wait(connection, now)
 
     def deadline(self) -> float | None:
         """When the oldest is over."""
-        first = next(iter(self._waits.values()), None)
-        return None if first is None else first.expires_at
+        return next(iter(self._waits.values())).expires_at if self._waits else None
 
     def expire(self, now: float) -> None:
         """Let go of those whose time has come."""
-        while self._waits:
-            key, first = next(iter(self._waits.items()))
-            if first.expires_at > now:
-                return
-            del self._waits[key]
+        while self._waits and next(iter(self._waits.values())).expires_at <= now:
+            self._waits.popitem(last=False)
 
     def receive(self, key: bytes, segment: Segment, now: float) -> bytes | None:
         """The answer to a segment, b"" for none; None when it is no business of a wait.
@@ -65,9 +64,8 @@ class TimeWaits:
             del self._waits[key]
             return None
         if segment.flags & FIN:
-            del self._waits[key]
             wait.expires_at = now + TIME_WAIT
-            self._waits[key] = wait
+            self._waits.move_to_end(key)
         elif not segment.length and seq == wait.rcv_nxt:
             return b""
         return wait.template.segment(wait.snd_nxt, wait.rcv_nxt, ACK, 0)
