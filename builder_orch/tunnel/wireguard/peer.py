@@ -174,7 +174,6 @@ class Peer:
         self._campaign = Campaign()
         self._traffic = Traffic()
         self._established_at: float | None = None
-        self._asked_last_minute = False
         self._keepalive_again = False
         self._endpoint = config.endpoint
         self.config = config
@@ -300,8 +299,9 @@ class Peer:
                 case Timer.SESSION_ENDS:
                     pass
                 case Timer.PERSISTENT_KEEPALIVE:
-                    self._keep_alive(now)
+                    # Set first, so that it goes on even when the keepalive cannot be sent.
                     self._put_off_persistent(now)
+                    self._keep_alive(now)
 
     def deadline(self) -> float | None:
         """When `fire` has something to do."""
@@ -343,12 +343,8 @@ class Peer:
                 self._keepalive_again = True
             else:
                 self._timers.set(Timer.SEND_KEEPALIVE, now + KEEPALIVE_TIMEOUT)
-        if (
-            session is self._slots.current
-            and session.is_ending(now)
-            and not self._asked_last_minute
-        ):
-            self._asked_last_minute = True
+        # This asks once: until the session has ended, the handshake it began is under way.
+        if session is self._slots.current and session.is_ending(now):
             self._call(now)
 
     def _has_established(self, session: Session, source: Endpoint, now: float) -> None:
@@ -357,7 +353,6 @@ class Peer:
         self._timers.stop(Timer.RETRANSMIT_HANDSHAKE)
         self._timers.set(Timer.SESSION_ENDS, session.born + REJECT_AFTER_TIME)
         self._established_at = now
-        self._asked_last_minute = False
         attempt = self._campaign.attempts if session.initiator else 0
         self._campaign.attempts = 0
         self._common.events.append(SessionStarted(self.config.public_key, attempt, source))

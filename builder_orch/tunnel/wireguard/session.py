@@ -145,9 +145,9 @@ class Session:
                 add(decrypt(nonce(counter), octets[at + HEADER_LEN : at + segment], None))
                 expected += 1
             except InvalidTag:
+                # The counter is still expected, and perhaps comes: whoever forged one does not
+                # take it away from the true packet.
                 drops["forged"] += 1
-                # No counter is negative: whatever comes next begins a run of its own.
-                expected = -1
         else:
             at += segment
         self._settle(opened, begin, first, drops)

@@ -1,5 +1,6 @@
 """The timers of the paper as stories on a clock that jumps."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -8,6 +9,7 @@ from builder_orch.tunnel.wireguard.interface import (
     EndpointMoved,
     HandshakeGaveUp,
     HandshakeStarted,
+    Interface,
     SessionStarted,
 )
 from builder_orch.tunnel.wireguard.message import INITIATION, TRANSPORT
@@ -23,8 +25,10 @@ from tests.tunnel.wireguard.lab import (
     RIGHT_HOST,
     Duo,
     cut,
+    dice,
     kinds,
     packet,
+    private_key,
     reply,
 )
 
@@ -346,6 +350,21 @@ def test_persistent_keepalive_begins_at_once_and_never_ends() -> None:
     assert sum(isinstance(event, HandshakeGaveUp) for event in told) > 20
     duo.run(duo.now + 60)
     assert duo.left.has_session(RIGHT_HOST)
+
+
+def test_peers_of_the_constructor_begin_their_keepalives_with_the_first_transmit() -> None:
+    duo = Duo()
+    eager = Interface(
+        private_key(9),
+        mtu=MTU,
+        entropy=dice(9),
+        epoch=EPOCH,
+        peers=[replace(duo.to_right, keepalive_s=25.0), replace(duo.to_left, endpoint=None)],
+    )
+    assert kinds(eager.transmit(5.0)) == [INITIATION]
+    deadline = eager.deadline()
+    assert deadline is not None
+    assert 10.0 <= deadline <= 10.334
 
 
 def test_hours_of_data_renew_the_keys_every_two_minutes() -> None:
