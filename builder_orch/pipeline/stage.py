@@ -1,4 +1,4 @@
-"""A stage takes a value and returns the next; `perform` is the one place that times and announces."""
+"""A stage takes a value and returns the next; only `perform` times and announces."""
 
 from asyncio import CancelledError
 from time import monotonic

@@ -1,0 +1,230 @@
+"""`fly-build deploy`: from flags and files to an order, then carry it out and print what came."""
+
+import asyncio
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+
+import click
+
+from builder_orch.cli.options import Flags, build_flags, build_only_flag
+from builder_orch.cli.render import Renderer
+from builder_orch.errors import (
+    BuilderOrchError,
+    Exit,
+    Interrupted,
+    Terminated,
+    TimedOut,
+    UsageFailure,
+)
+from builder_orch.events import Emit, Finished, Warned
+from builder_orch.pipeline.context import Directory
+from builder_orch.pipeline.deploy import Deployed, Order, ulid
+from builder_orch.pipeline.deploy import deploy as carry_out
+from builder_orch.pipeline.outside import World
+from builder_orch.settings import Environment, PlatformSettings, Project, find_project
+
+
+@click.command()
+@build_only_flag
+@build_flags
+def deploy(ctx: click.Context, flags: Flags) -> None:
+    """Build a directory and release it.
+
+    PATH is the build context, and where the search for fly.toml begins.
+    """
+    ctx.exit(run(flags, "deploy", release=not flags.build_only))
+
+
+def run(flags: Flags, command: str, *, release: bool) -> int:
+    """One run of the pipeline with all its output; the exit code."""
+    name = ulid()
+    renderer = Renderer(flags.mode, name, sys.stdout, sys.stderr)
+    renderer.start(command)
+    began = time.monotonic()
+    try:
+        deployed = _run(flags, release, renderer)
+    except (BuilderOrchError, KeyboardInterrupt) as error:
+        # Ctrl-C comes as an exception only before the event loop runs, so nothing had begun.
+        failure = error if isinstance(error, BuilderOrchError) else interrupted()
+        elapsed_s = time.monotonic() - began
+        renderer(Finished(False, int(failure.code), elapsed_s, error=failure))
+        return int(failure.code)
+    except Exception:
+        # A defect of ours: its traceback follows, but a reader of events gets a last one.
+        renderer(Finished(False, int(Exit.UNCLASSIFIED), time.monotonic() - began))
+        raise
+    renderer(Finished(True, int(Exit.OK), time.monotonic() - began, values(deployed)))
+    return int(Exit.OK)
+
+
+def _run(flags: Flags, release: bool, emit: Emit) -> Deployed:
+    if release and not flags.push:
+        raise UsageFailure(
+            "a release needs its image in the registry",
+            hint="Take --no-push away, or add --build-only.",
+        )
+    environment = Environment.current()
+    project = find_project(flags.path, flags.config)
+    wanted = order(flags, project, environment, release=release)
+    chosen = environment.platform(flags.api_url)
+    if chosen is None or chosen.selfhost:
+        chosen = start_selfhost(environment, emit)
+    return asyncio.run(_guarded(wanted, chosen, flags.timeout, emit))
+
+
+def order(flags: Flags, project: Project, environment: Environment, *, release: bool) -> Order:
+    """What is asked for: flags (and their variables) first, then the project file."""
+    directory = Directory(
+        root=flags.path,
+        dockerfile=flags.dockerfile or project.dockerfile,
+        ignorefile=flags.ignorefile or project.ignorefile,
+        target=flags.target or project.target,
+    )
+    return Order(
+        directory=directory,
+        app=environment.app(flags.app, project),
+        create_app=flags.create_app,
+        organization=flags.org or environment.first("FLY_ORG")[0] or None,
+        build_args={**project.build_args, **dict(flags.build_arg)},
+        no_cache=flags.no_cache,
+        labels=dict(flags.label),
+        label=flags.image_label,
+        publish=flags.push,
+        release=release,
+        definition=project.definition,
+        port=project.port,
+        host=socket.gethostname(),
+    )
+
+
+def start_selfhost(environment: Environment, emit: Emit) -> PlatformSettings:
+    """The embedded platform, started if it does not run; it says so, because it stays running."""
+    from builder_orch.selfhost.home import Home
+    from builder_orch.selfhost.launch import ensure_selfhost
+
+    def report(reason: str) -> None:
+        emit(Warned("selfhost", f"no platform is configured: {reason}"))
+
+    record = ensure_selfhost(Home(environment.state_folder()), report=report)
+    return PlatformSettings(
+        record.api_url, record.token, record.registry, "selfhost", selfhost=True
+    )
+
+
+@asynccontextmanager
+async def open_world(chosen: PlatformSettings, emit: Emit) -> AsyncGenerator[World]:
+    """The real platform, tunnel and registry."""
+    from builder_orch.api.client import IDEMPOTENT, IDEMPOTENT_SELFHOST, Platform
+    from builder_orch.api.models import Secret
+    from builder_orch.pipeline.engine import Login
+    from builder_orch.tunnel.driver import open_tunnel
+
+    token = Secret(chosen.token)
+
+    async def credentials() -> Login:
+        return Login("x", token)
+
+    idempotent = IDEMPOTENT_SELFHOST if chosen.selfhost else IDEMPOTENT
+    async with Platform(chosen.api_url, token, idempotent=idempotent, emit=emit) as platform:
+        yield World(platform, open_tunnel, chosen.registry, credentials)
+
+
+async def _guarded(
+    wanted: Order, chosen: PlatformSettings, timeout_s: float | None, emit: Emit
+) -> Deployed:
+    """Carry an order out; a signal cancels it once, and the tidying up is waited for."""
+    with Stop.listening() as stop:
+        limit = asyncio.timeout(timeout_s)
+        try:
+            async with limit, open_world(chosen, emit) as world:
+                return await carry_out(wanted, world, emit)
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            raise TimedOut(
+                f"the run took longer than {timeout_s:g} s",
+                hint="Give it more time with --timeout; what was built so far is cached.",
+            ) from None
+        except asyncio.CancelledError:
+            raise stop.failure() from None
+
+
+@dataclass(slots=True)
+class Stop:
+    """Turns the first Ctrl-C or SIGTERM into a cancellation; the second ends us at once."""
+
+    task: asyncio.Task[object]
+    received: signal.Signals | None = None
+
+    @classmethod
+    @contextmanager
+    def listening(cls) -> Iterator["Stop"]:
+        """For the task that runs now; outside the block signals do what they did."""
+        task = asyncio.current_task()
+        assert task is not None
+        stop = cls(task)
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, stop, number)
+        try:
+            yield stop
+        finally:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                loop.remove_signal_handler(number)
+
+    def __call__(self, number: signal.Signals) -> None:
+        if self.received is not None:
+            os._exit(int(_EXITS[number]))
+        self.received = number
+        self.task.cancel()
+
+    def failure(self) -> BuilderOrchError:
+        """What the run ends with."""
+        if self.received is signal.SIGTERM:
+            return Terminated("terminated; what had begun was ended", hint=_AGAIN)
+        return interrupted()
+
+
+def interrupted() -> Interrupted:
+    """What Ctrl-C is to a user."""
+    return Interrupted("interrupted; what had begun was ended", hint=_AGAIN)
+
+
+_AGAIN = "Run the command again; what was built so far is cached."
+_EXITS = {signal.SIGINT: Exit.INTERRUPTED, signal.SIGTERM: Exit.TERMINATED}
+
+
+def values(deployed: Deployed) -> dict[str, object]:
+    """What a run made, in JSON types; `lines` is the same for people."""
+    built, pushed = deployed.built, deployed.pushed
+    made: dict[str, object] = {
+        "app": deployed.app,
+        "image_id": built.image_id,
+        "size_bytes": built.size_bytes,
+    }
+    lines: list[str] = []
+    if pushed is None:
+        lines.append(f"image: {built.image_id} (on the builder, not pushed)")
+    else:
+        made |= {"image": pushed.reference, "digest": pushed.digest, "tag": pushed.tag}
+        lines.append(f"image: {pushed.reference}")
+    if deployed.released is not None:
+        release = deployed.released.release
+        made |= {"release": release.version, "release_id": release.id}
+        lines.append(f"release: v{release.version}")
+        if deployed.answered is not None:
+            answered = deployed.answered
+            made |= {
+                "url": answered.url,
+                "status": answered.status,
+                "answer_bytes": answered.octets,
+                "answer_ms": round(answered.elapsed_s * 1000),
+            }
+            lines.append(f"{deployed.app} v{release.version} {answered}")
+    return {**made, "lines": lines}

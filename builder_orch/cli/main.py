@@ -1,0 +1,127 @@
+"""The command `fly-build`: a table of commands that are imported when they are used.
+
+`fly-build --help` must stay quick, so nothing here imports more than click and the errors.
+"""
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import click
+
+from builder_orch import __version__
+from builder_orch.errors import BuilderOrchError, Exit
+
+EXAMPLES = """\
+fly-build deploy examples/hello --create-app
+fly-build deploy . --app shop --build-arg REVISION=42
+fly-build build . --target test --output json
+fly-build selfhost status
+"""
+
+
+class Entry(NamedTuple):
+    """Where a command lives and the line that stands for it until it is imported."""
+
+    module: str
+    attribute: str
+    summary: str
+
+
+COMMANDS = {
+    "deploy": Entry("builder_orch.cli.deploy", "deploy", "Build a directory and release it."),
+    "build": Entry("builder_orch.cli.build", "build", "Build and push without a release."),
+    "selfhost": Entry(
+        "builder_orch.cli.selfhost", "selfhost", "Run a platform of your own on this machine."
+    ),
+    "version": Entry("builder_orch.cli.version", "version", "Show the version of this tool."),
+}
+
+
+class LazyGroup(click.Group):
+    """A group that knows its commands by `COMMANDS` and imports one only to run it."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
+        return list(COMMANDS)
+
+    def get_command(
+        self,
+        ctx: click.Context,  # noqa: ARG002
+        cmd_name: str,
+    ) -> click.Command | None:
+        entry = COMMANDS.get(cmd_name)
+        if entry is None:
+            return None
+        command = getattr(importlib.import_module(entry.module), entry.attribute)
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_help(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Examples first: they answer most questions that bring somebody here."""
+        self.format_usage(ctx, formatter)
+        with formatter.section("Examples"):
+            for line in EXAMPLES.splitlines():
+                formatter.write_text(line)
+        self.format_help_text(ctx, formatter)
+        self.format_options(ctx, formatter)
+
+    def format_commands(
+        self,
+        ctx: click.Context,  # noqa: ARG002
+        formatter: click.HelpFormatter,
+    ) -> None:
+        """From the table: asking each command for its help would import all of them."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, entry.summary) for name, entry in COMMANDS.items()])
+
+
+@click.group(
+    cls=LazyGroup,
+    help="Remote Docker builds over user-mode WireGuard, from a machine without Docker or root.",
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+@click.version_option(__version__, prog_name="fly-build")
+def fly_build() -> None:
+    """The root of all commands; it has no work of its own."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code; failures with a hint become a card on stderr.
+
+    Anything else that comes out is a defect of this program and keeps its traceback.
+    """
+    try:
+        code = fly_build.main(
+            args=None if arguments is None else list(arguments),
+            prog_name="fly-build",
+            standalone_mode=False,
+        )
+    except click.ClickException as error:
+        error.show()
+        return int(Exit.USAGE)
+    except BuilderOrchError as error:
+        show_error(error)
+        return int(error.code)
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("interrupted", err=True)
+        return int(Exit.INTERRUPTED)
+    except BrokenPipeError:
+        # The reader of our output left. Python would complain once more when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return int(Exit.UNCLASSIFIED)
+    return code if isinstance(code, int) else int(Exit.OK)
+
+
+def show_error(error: BuilderOrchError) -> None:
+    """What failed, whose fault it is, what to do next."""
+    from builder_orch.cli.render import card
+
+    for line in card(error):
+        click.echo(line, err=True)
+
+
+def run() -> None:
+    """The entry point of the console script."""
+    sys.exit(main())

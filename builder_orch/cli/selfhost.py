@@ -1,0 +1,254 @@
+"""`fly-build selfhost`: start, stop and look at the platform embedded in this machine."""
+
+import json
+import os
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, MutableMapping
+from contextlib import suppress
+from io import TextIOWrapper
+from pathlib import Path
+from typing import TextIO
+
+import click
+
+from builder_orch.cli.options import Duration
+from builder_orch.cli.render import plain
+from builder_orch.errors import BuilderOrchError, Exit, UsageFailure
+from builder_orch.selfhost.home import Home
+from builder_orch.selfhost.launch import (
+    FOREGROUND,
+    answers,
+    ensure_selfhost,
+    open_log,
+    stop_selfhost,
+)
+from builder_orch.settings import Environment
+
+__all__ = ["ensure_selfhost", "own_home", "selfhost"]
+
+FOLLOW_POLL_S = 0.2
+PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy")
+"""What an engine of ours is given of this environment."""
+
+
+def own_home() -> Home:
+    """Where this user's platform is."""
+    return Home(Environment.current().state_folder())
+
+
+def last_lines(path: Path, count: int, *, following: bool = False) -> Iterator[str]:
+    """The end of a log, without control characters; if asked, what is appended to it for ever.
+
+    A log that was cut short is read from its beginning again.
+    """
+    with path.open(encoding="utf-8", errors="replace") as file:
+        # Of one open file, so that no line is lost between its end and what comes next.
+        yield from map(plain, deque(file, count))
+        pending = ""
+        while following:
+            pending += file.readline()
+            if pending.endswith("\n"):
+                yield plain(pending)
+                pending = ""
+                continue
+            time.sleep(FOLLOW_POLL_S)
+            if path.stat().st_size < file.tell():
+                file.seek(0)
+
+
+_output = click.option(
+    "--output", type=click.Choice(["text", "json"]), default="text", help="Form of the answer."
+)
+
+
+@click.group()
+def selfhost() -> None:
+    """Run a platform of your own on this machine.
+
+    API, WireGuard gateway, builder, registry and release runner in one process. State is kept in
+    the user's data directory, or in $FLY_BUILD_HOME/selfhost.
+    """
+
+
+@selfhost.command()
+@click.option("--foreground", is_flag=True, help="Stay here until Ctrl-C, with the log on stderr.")
+@click.option("--listen", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--port", type=click.IntRange(0, 65535), default=0, help="API port; 0: a free one.")
+@click.option(
+    "--install-delay",
+    type=click.FloatRange(0, 600),
+    default=0.0,
+    metavar="S",
+    help="Let the gateway know peers this many seconds later; for demonstrations.",
+)
+@click.option("--report-to", type=int, hidden=True)
+def start(
+    foreground: bool, listen: str, port: int, install_delay: float, report_to: int | None
+) -> None:
+    """Start the platform; in the background unless told otherwise."""
+    home = own_home()
+    if foreground:
+        run_foreground(home, listen, port, install_delay, report_to)
+        return
+    words = ["--listen", listen, "--port", str(port), "--install-delay", str(install_delay)]
+    record = ensure_selfhost(home, report=_say_once(), command=(*FOREGROUND, *words), join=False)
+    click.echo(f"the platform is up (pid {record.pid})\n  API:      {record.api_url}")
+
+
+def run_foreground(
+    home: Home, listen: str, port: int, install_delay: float, report_to: int | None
+) -> None:
+    """Be the platform. With `report_to`, a failure to start goes into that descriptor as well."""
+    from builder_orch.selfhost.serve import Options, serve
+
+    if report_to is not None:
+        # The programs that we start must not keep the pipe open.
+        os.set_inheritable(report_to, False)
+        os.chdir("/")
+    given = Environment.current()
+    existing = given.first("DOCKER_HOST")[0]
+    options = Options(
+        home,
+        listen=listen,
+        port=port,
+        install_delay_s=install_delay,
+        existing=existing if existing.startswith("unix://") else None,
+        environment={name: value for name in PROXIES if (value := given.first(name)[0])},
+    )
+    try:
+        write_log(home, attached=report_to is None)
+        serve(options)
+    except BuilderOrchError as error:
+        if report_to is not None:
+            card = {"kind": error.kind, "message": str(error), "hint": error.hint}
+            with suppress(OSError):
+                os.write(report_to, json.dumps(card).encode()[:65536])
+        raise
+
+
+def write_log(home: Home, *, attached: bool) -> None:
+    """Log into the platform's file, and to the terminal too when there is one.
+
+    In the background the file is standard error already, so that tracebacks end up in it.
+    """
+    import structlog
+
+    home.prepare()
+    # repr of each value: what others wrote can neither start a line nor move a cursor
+    render = structlog.processors.KeyValueRenderer(key_order=["timestamp", "level", "event"])
+    if attached:
+        file = TextIOWrapper(open_log(home), encoding="utf-8", line_buffering=True)
+        streams: list[TextIO] = [file, sys.stderr]
+    else:
+        streams = [sys.stderr]
+
+    def write(_logger: object, _name: str, event: MutableMapping[str, object]) -> str:
+        line = render(_logger, _name, event)
+        for stream in streams[:-1]:
+            stream.write(f"{line}\n")
+        return line
+
+    structlog.configure(
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso"),
+            structlog.processors.ExceptionRenderer(),
+            write,
+        ],
+        logger_factory=structlog.WriteLoggerFactory(streams[-1]),
+    )
+
+
+@selfhost.command()
+@click.option(
+    "--started-here", is_flag=True, help="Leave a platform alone that another checkout started."
+)
+def stop(started_here: bool) -> None:
+    """Stop the platform and everything that it started."""
+    home = own_home()
+    holder = home.holder()
+    if holder is not None and started_here and holder.prefix != sys.prefix:
+        click.echo(f"the platform (pid {holder.pid}) was started from {plain(holder.prefix)}; left")
+        return
+    stopped = stop_selfhost(home)
+    click.echo(f"stopped (pid {stopped.pid})" if stopped else "the platform does not run")
+
+
+@selfhost.command()
+@_output
+@click.pass_context
+def status(context: click.Context, output: str) -> None:
+    """Show whether the platform runs and where; exit code 1 when it does not."""
+    home = own_home()
+    holder, record = home.holder(), home.record()
+    well = record is not None and answers(record)
+    state = "running" if well else "stopped" if holder is None else "not answering"
+    facts = {
+        "state": state,
+        "pid": holder.pid if holder else None,
+        "api_url": record.api_url if record else None,
+        "registry": record.registry if record else None,
+        "organization": record.organization if record else None,
+        "home": str(home.root),
+        "log": str(home.log),
+    }
+    if output == "json":
+        click.echo(json.dumps(facts))
+    else:
+        for name, value in facts.items():
+            if value is not None:
+                click.echo(f"{name.replace('_', ' ')}: {value}")
+    if not well:
+        context.exit(int(Exit.UNCLASSIFIED))
+
+
+@selfhost.command()
+@click.option("-f", "--follow", "following", is_flag=True, help="Go on until Ctrl-C.")
+@click.option("-n", "--lines", type=click.IntRange(0), default=50, show_default=True)
+def logs(following: bool, lines: int) -> None:
+    """Show the end of the platform's log."""
+    home = own_home()
+    if not home.log.exists():
+        raise UsageFailure(
+            f"there is no log in {home.root}", hint="fly-build selfhost start makes one"
+        )
+    for line in last_lines(home.log, lines, following=following):
+        click.echo(line)
+
+
+@selfhost.command()
+@click.option("--expires", "lifetime_s", type=Duration(), default="1h", show_default=True)
+@click.option("--owner", default="token", help="A name for it in the platform's records.")
+@_output
+def token(lifetime_s: float, owner: str, output: str) -> None:
+    """Make a token for another user or machine and print it; only its hash is kept."""
+    from builder_orch.selfhost.store import Store
+
+    home = own_home()
+    if not home.store.exists():
+        raise UsageFailure(
+            f"there is no platform in {home.root}", hint="start one: fly-build selfhost start"
+        )
+    store = Store(f"sqlite:///{home.store}")
+    try:
+        made = store.issue_token(owner, lifetime_s=lifetime_s)
+    finally:
+        store.close()
+    if output == "json":
+        click.echo(json.dumps({"token": made, "expires_in_s": int(lifetime_s)}))
+    else:
+        click.echo(made)
+
+
+def _say_once() -> Callable[[str], None]:
+    """Tell each thing that is waited for once, on stderr."""
+    said: set[str] = set()
+
+    def say(line: str) -> None:
+        if line not in said:
+            said.add(line)
+            click.echo(line, err=True)
+
+    return say

@@ -1,0 +1,345 @@
+"""What will be sent: the files of a directory that no rule ignores, in the order they travel."""
+
+import os
+import posixpath
+import re
+import stat
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+
+from builder_orch.errors import BuildFailed, ContextRefused, DockerfileInvalid, UsageFailure
+from builder_orch.events import Emit, Warned
+from builder_orch.pipeline.dockerfile import Dockerfile, Source
+from builder_orch.pipeline.ignore import Ignore, Matched
+
+IGNORE_FILE = ".dockerignore"
+OUTSIDE_NAME = ".fly-build.Dockerfile"
+"""How a Dockerfile from elsewhere is called in the archive."""
+NAMED = 5
+"""How many files a warning names before it only counts."""
+
+_SECRET = re.compile(
+    r"(\.env(\..+)?|id_(rsa|dsa|ecdsa|ed25519)|.+\.(pem|p12|pfx|kdbx|key)|\.netrc|\.pypirc|\.npmrc"
+    r"|\.git-credentials|\.htpasswd)\Z",
+    re.IGNORECASE,
+)
+_NO_SECRET = re.compile(r"\.env\.(example|sample|template|dist|defaults?)\Z", re.IGNORECASE)
+
+
+class Kind(Enum):
+    """What a path may be; everything else is refused."""
+
+    FILE = "a file"
+    DIRECTORY = "a directory"
+    LINK = "a link"
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One member: its name in the archive, what it was when it was found, and where it lies."""
+
+    name: str
+    kind: Kind
+    size: int
+    path: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Directory:
+    """What the user points at: the root of the context and, if not the usual, its two files."""
+
+    root: Path
+    dockerfile: Path | None = None
+    ignorefile: Path | None = None
+    target: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """A scanned directory. The Dockerfile is the last entry, `.dockerignore` the one before it.
+
+    That order is a safeguard: an engine builds a truncated archive without complaint, unless the
+    truncation takes the Dockerfile away.
+    """
+
+    root: Path
+    entries: tuple[Entry, ...]
+    dockerfile: Dockerfile
+    dockerfile_name: str
+    ignore: Ignore = field(repr=False)
+
+    @property
+    def size(self) -> int:
+        """Octets of all files together."""
+        return sum(entry.size for entry in self.entries)
+
+    def __str__(self) -> str:
+        files = sum(entry.kind is not Kind.DIRECTORY for entry in self.entries)
+        return f"{files} file{'s' if files != 1 else ''}, {readable(self.size)}"
+
+
+def readable(octets: int) -> str:
+    """`1.4 MB`: decimal, three digits or fewer."""
+    amount = float(octets)
+    for unit in ("bytes", "kB", "MB"):
+        if amount < 1000:
+            return f"{amount:.0f} {unit}" if unit == "bytes" else f"{amount:.1f} {unit}"
+        amount /= 1000
+    return f"{amount:.1f} GB"
+
+
+def scan(
+    directory: Directory, emit: Emit, *, going_on: Callable[[], bool] = lambda: True
+) -> Context:
+    """Walk the directory and check all that can be known before anything is sent.
+
+    DockerfileInvalid, ContextRefused, BuildFailed (a COPY of what is not there) or UsageFailure;
+    `going_on` is asked now and then, and ends the walk with ContextRefused when it says no.
+    """
+    root = directory.root
+    if not root.is_dir():
+        raise UsageFailure(f"{root} is not a directory", hint="Name the directory to build.")
+    path = _dockerfile(directory)
+    text = _text(path, "the Dockerfile")
+    dockerfile = Dockerfile.parse(text, _shown(path, root))
+    ignore = _ignore(directory, path)
+    inside = _inside(path, root)
+    found: list[Entry] = []
+    for entry in _walk(root, ignore):
+        if not going_on():
+            raise ContextRefused("the walk was given up", hint="Run the command again.")
+        found.append(entry)
+    _check_sources(root, dockerfile, directory.target, ignore)
+    _warn(root, found, emit)
+    name = inside or OUTSIDE_NAME
+    last = [entry for entry in _ignore_file(root, ignore) if entry.name != name]
+    last.append(Entry(name, Kind.FILE, path.stat().st_size, path.resolve()))
+    moved = {entry.name for entry in last}
+    entries = [entry for entry in found if entry.name not in moved] + last
+    return Context(root, tuple(entries), dockerfile, name, ignore)
+
+
+def _dockerfile(directory: Directory) -> Path:
+    if directory.dockerfile is not None:
+        if directory.dockerfile.is_file():
+            return directory.dockerfile
+        raise DockerfileInvalid(
+            f"there is no Dockerfile {directory.dockerfile}",
+            hint="Check --dockerfile, or [build] dockerfile in fly.toml.",
+        )
+    for name in ("Dockerfile", "dockerfile"):
+        if (directory.root / name).is_file():
+            return directory.root / name
+    raise DockerfileInvalid(
+        f"there is no Dockerfile in {directory.root}",
+        hint="Write one, or name another file with --dockerfile.",
+    )
+
+
+def _inside(path: Path, root: Path) -> str:
+    """The Dockerfile's name in the context; "" if it is not a plain file of it.
+
+    A link on the way counts as outside: the engine would follow it inside the context only.
+    """
+    name = os.path.relpath(path, root)
+    if name == ".." or name.startswith("../") or _goes_through_link(root, name):
+        return ""
+    return name
+
+
+def _ignore(directory: Directory, dockerfile: Path) -> Ignore:
+    """The rules of the first there is: the file asked for, <Dockerfile>.dockerignore, the usual."""
+    asked = directory.ignorefile
+    if asked is not None and not asked.is_file():
+        raise UsageFailure(f"there is no ignore file {asked}", hint="Check --ignorefile.")
+    own = dockerfile.with_name(f"{dockerfile.name}{IGNORE_FILE}")
+    for path in (asked, own, directory.root / IGNORE_FILE):
+        if path is not None and path.is_file():
+            try:
+                return Ignore.parse(_text(path, "the ignore file"), _shown(path, directory.root))
+            except ValueError as error:
+                raise ContextRefused(str(error), hint="Correct the pattern.") from None
+    return Ignore()
+
+
+def _ignore_file(root: Path, ignore: Ignore) -> Iterator[Entry]:
+    """`.dockerignore` itself travels even if it is ignored: by it the engine takes itself and the
+    Dockerfile out again, where it says so. Not so if another file gave the rules."""
+    path = root / IGNORE_FILE
+    if not path.is_file() or path.is_symlink():
+        return
+    if ignore.source == IGNORE_FILE or not ignore.ignores(IGNORE_FILE):
+        yield Entry(IGNORE_FILE, Kind.FILE, path.stat().st_size, path)
+
+
+def _text(path: Path, what: str) -> str:
+    try:
+        return path.read_bytes().decode("utf-8", "surrogateescape")
+    except OSError as error:
+        raise ContextRefused(
+            f"{what} {path} cannot be read: {error.strerror}", hint="Check its permissions."
+        ) from None
+
+
+def _shown(path: Path, root: Path) -> str:
+    try:
+        return path.relative_to(root).as_posix()
+    except ValueError:
+        return str(path)
+
+
+def _walk(root: Path, ignore: Ignore) -> Iterator[Entry]:
+    """Every path that is sent: by name, a directory before what is in it.
+
+    A directory that is ignored is entered only where a later rule could keep something in it, and
+    is not itself sent.
+    """
+    stack: list[tuple[Iterator[os.DirEntry[str]], str, Matched]] = [(_listed(root), "", ())]
+    while stack:
+        listing, prefix, above = stack[-1]
+        found = next(listing, None)
+        if found is None:
+            stack.pop()
+            continue
+        name = prefix + found.name
+        matched = ignore.match(name, above)
+        rule = ignore.decisive(matched)
+        ignored = rule is not None and not rule.keep
+        is_directory = found.is_dir(follow_symlinks=False)
+        if not ignored:
+            yield _entry(found, name)
+        if is_directory and (rule is None or rule.keep or ignore.may_keep_below(name, rule)):
+            stack.append((_listed(Path(found.path)), name + "/", matched))
+
+
+def _listed(directory: Path) -> Iterator[os.DirEntry[str]]:
+    try:
+        with os.scandir(directory) as listing:
+            return iter(sorted(listing, key=lambda entry: os.fsencode(entry.name)))
+    except OSError as error:
+        raise ContextRefused(
+            f"the directory {directory} cannot be read: {error.strerror}",
+            hint="Check its permissions, or list it in .dockerignore.",
+        ) from None
+
+
+def _entry(found: os.DirEntry[str], name: str) -> Entry:
+    try:
+        status = found.stat(follow_symlinks=False)
+    except OSError as error:
+        raise ContextRefused(
+            f"{name} cannot be looked at: {error.strerror}",
+            hint="Something else changes this directory; wait for it, then run again.",
+        ) from None
+    kind = kind_of(status.st_mode)
+    if kind is None:
+        raise ContextRefused(
+            f"{name} is {_special(status.st_mode)}, which an image cannot hold",
+            hint=f"Remove it, or add {name} to .dockerignore.",
+        )
+    path = Path(found.path)
+    if kind is Kind.FILE and not os.access(path, os.R_OK, effective_ids=_EFFECTIVE):
+        raise unreadable(name)
+    return Entry(name, kind, status.st_size if kind is Kind.FILE else 0, path)
+
+
+_EFFECTIVE = os.access in os.supports_effective_ids
+
+
+def unreadable(name: str) -> ContextRefused:
+    """The refusal of a file that may not be read."""
+    return ContextRefused(
+        f"{name} cannot be read: permission denied",
+        hint=f"Make it readable (chmod u+r), or add {name} to .dockerignore.",
+    )
+
+
+def kind_of(mode: int) -> Kind | None:
+    """What a member of an archive is by its st_mode; None for what cannot be one."""
+    if stat.S_ISREG(mode):
+        return Kind.FILE
+    if stat.S_ISDIR(mode):
+        return Kind.DIRECTORY
+    return Kind.LINK if stat.S_ISLNK(mode) else None
+
+
+def _special(mode: int) -> str:
+    if stat.S_ISSOCK(mode):
+        return "a socket"
+    if stat.S_ISFIFO(mode):
+        return "a pipe"
+    return "a device"
+
+
+def _check_sources(root: Path, dockerfile: Dockerfile, target: str, ignore: Ignore) -> None:
+    """BuildFailed for the first COPY or ADD of a plain path that will not be in the context."""
+    for source in dockerfile.sources(target):
+        name = posixpath.normpath("/" + source.path).lstrip("/")
+        if not name or _goes_through_link(root, name):
+            continue
+        where = f"{dockerfile.path}:{source.line}: {source.step}"
+        if not os.path.lexists(root / name):
+            raise BuildFailed(
+                f"{where}: there is no {source.path} in the build context {root}",
+                hint="Check the path: it counts from the context, not from the Dockerfile.",
+            )
+        _check_kept(root / name, name, where, source, ignore)
+
+
+def _check_kept(path: Path, name: str, where: str, source: Source, ignore: Ignore) -> None:
+    rule = ignore.decides(name)
+    if rule is None or rule.keep or (path.is_dir() and ignore.may_keep_below(name, rule)):
+        return
+    raise BuildFailed(
+        f"{where}: {source.path} is ignored by {ignore.source}:{rule.number} ({rule.text})",
+        hint=f"Take it out of {ignore.source}, or add !{name} below that line.",
+    )
+
+
+def _goes_through_link(root: Path, name: str) -> bool:
+    path = root
+    for part in name.split("/"):
+        path /= part
+        if path.is_symlink():
+            return True
+    return False
+
+
+def _warn(root: Path, entries: list[Entry], emit: Emit) -> None:
+    secrets = [entry.name for entry in entries if _looks_secret(entry)]
+    if secrets:
+        emit(Warned("secret-in-context", f"{_some(secrets)} will be sent and may end in the image"))
+    links = [entry.name for entry in entries if entry.kind is Kind.LINK and _leaves(root, entry)]
+    if links:
+        emit(
+            Warned(
+                "link-leaves-context",
+                f"{_some(links)}: leads out of the context; its target is not sent",
+            )
+        )
+
+
+def _looks_secret(entry: Entry) -> bool:
+    name = posixpath.basename(entry.name)
+    return (
+        entry.kind is Kind.FILE
+        and _SECRET.match(name) is not None
+        and _NO_SECRET.match(name) is None
+    )
+
+
+def _leaves(root: Path, entry: Entry) -> bool:
+    try:
+        target = os.readlink(root / entry.name)  # noqa: PTH115 - Path would tidy it
+    except OSError:
+        # It changed since it was listed; what it is now is found when it is sent.
+        return False
+    joined = posixpath.normpath(posixpath.join(posixpath.dirname(entry.name), target))
+    return joined.startswith(("/", "../")) or joined == ".."
+
+
+def _some(names: list[str]) -> str:
+    more = len(names) - NAMED
+    return ", ".join(names[:NAMED]) + (f" and {more} more" if more > 0 else "")

@@ -1,0 +1,193 @@
+"""The order of a deploy; read this first.
+
+    preflight   walk the directory, read the Dockerfile, refuse what cannot be built
+    auth        the app, by the token
+    provision   a builder machine
+    tunnel      a peer of our own, the handshake, the resolver inside, the engine
+    context     the archive, written while it is sent
+    build       the engine builds; the image is read back
+    push        the engine pushes; two digests are compared
+    release     the platform releases that digest
+    verify      the release answers an HTTP request, through the tunnel
+
+Every resource has one owner, who ends it whatever happens: the peer is removed, the tunnel closed,
+the upload reset, the record of the build finished as completed, failed or cancelled.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from secrets import randbits
+
+from builder_orch.api.models import App, Build, Builder
+from builder_orch.events import Emit, Event, PhaseFinished
+from builder_orch.pipeline.build import Build as BuildStage
+from builder_orch.pipeline.build import Built, Send, building
+from builder_orch.pipeline.context import Directory
+from builder_orch.pipeline.engine import Recipe
+from builder_orch.pipeline.outside import Platform, World, settle
+from builder_orch.pipeline.pack import Pack
+from builder_orch.pipeline.provision import Authorize, Provision
+from builder_orch.pipeline.push import Push, Pushed
+from builder_orch.pipeline.release import Publish, Released
+from builder_orch.pipeline.stage import perform
+from builder_orch.pipeline.tunnel import Reach
+from builder_orch.pipeline.verify import Address, Answered, Verify
+
+STRATEGIES = ("Dockerfile",)
+"""How we know to build, in the platform's words."""
+DEFAULT_PORT = 8080
+"""Where an app is taken to listen if neither its file nor its image says so."""
+CROCKFORD = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
+
+_TIMINGS = {"tunnel": "builder_init", "context": "context_build", "build": "image_build"}
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What the user asked for. `label` names the image; "" for one of this run's own.
+
+    `publish` and `release` say how far to go: an image on the builder, in the registry, running.
+    """
+
+    directory: Directory
+    app: str
+    create_app: bool = False
+    organization: str | None = None
+    build_args: Mapping[str, str] = field(default_factory=dict, repr=False)
+    no_cache: bool = False
+    labels: Mapping[str, str] = field(default_factory=dict)
+    label: str = ""
+    publish: bool = True
+    release: bool = True
+    strategy: str = "ROLLING"
+    definition: Mapping[str, object] = field(default_factory=dict)
+    port: int | None = None
+    host: str = "host"
+
+
+@dataclass(frozen=True, slots=True)
+class Deployed:
+    """What came of it; None for the stages that the order left out."""
+
+    app: str
+    built: Built
+    pushed: Pushed | None = None
+    released: Released | None = None
+    answered: Answered | None = None
+
+
+async def deploy(order: Order, world: World, emit: Emit) -> Deployed:
+    """Carry out an order; raises the failure of the first stage that fails, with all tidied up."""
+    context = await perform(Pack(), order.directory, emit)
+    authorize = Authorize(world.platform, order.create_app, order.organization)
+    app = (await perform(authorize, order.app, emit)).app
+    limits = world.limits
+    provision = Provision(world.platform, limits.provision_s)
+    builder = (await perform(provision, app, emit, limit_s=limits.provision_s)).builder
+    label = order.label or f"deployment-{ulid()}"
+    # The tunnel outlives the build: the release is asked through it.
+    async with AsyncExitStack() as closing:
+        async with recorded(world.platform, app, builder, emit) as record:
+            reach = Reach(world, app.organization, closing, order.host)
+            limit_s = limits.handshake_s + limits.resolver_s + limits.engine_s
+            reached = await perform(reach, builder, record.emit, limit_s=limit_s)
+            recipe = Recipe(
+                context.dockerfile_name,
+                dict(order.build_args),
+                order.directory.target,
+                order.no_cache,
+                dict(order.labels),
+            )
+            async with building(reached.engine, context, recipe, record.emit) as under_way:
+                await perform(Send(), under_way, record.emit)
+                built = await perform(BuildStage(), under_way, record.emit)
+            record.image = (built.image_id, label, built.size_bytes)
+            if not order.publish:
+                return Deployed(app.name, built)
+            push = Push(
+                reached.engine,
+                f"{world.registry}/{app.name}",
+                label,
+                world.credentials,
+                world.pause,
+            )
+            pushed = await perform(push, built, record.emit)
+            record.image = (pushed.image_id, pushed.tag, pushed.size_bytes)
+        if not order.release:
+            return Deployed(app.name, built, pushed)
+        port = order.port or min(built.ports, default=DEFAULT_PORT)
+        publish = Publish(
+            world.platform,
+            app,
+            record.build,
+            completed(order.definition, port),
+            order.strategy,
+            limits.release_s,
+            world.pause,
+        )
+        released = await perform(publish, pushed, emit, limit_s=limits.release_s)
+        verify = Verify(reached.tunnel.dial, limits.answer_s, world.pause)
+        answered = await perform(verify, Address(f"{app.name}.internal", port), emit)
+    return Deployed(app.name, built, pushed, released, answered)
+
+
+@dataclass(slots=True)
+class Record:
+    """The platform's record of one build, while it is open."""
+
+    build: Build
+    outside: Emit
+    image: tuple[str, str, int] | None = None
+    timings_ms: dict[str, float] = field(default_factory=dict)
+
+    def emit(self, event: Event) -> None:
+        """Pass an event on, and note how long the phases of the build took."""
+        if isinstance(event, PhaseFinished):
+            name = _TIMINGS.get(event.phase, event.phase)
+            self.timings_ms[name] = event.elapsed_s * 1000
+        self.outside(event)
+
+
+@asynccontextmanager
+async def recorded(
+    platform: Platform, app: App, builder: Builder, emit: Emit
+) -> AsyncGenerator[Record]:
+    """Open the record of a build; it is finished with whatever the block ends with."""
+    build = await platform.create_build(app, machine_id=builder.machine_id, strategies=STRATEGIES)
+    record = Record(build, emit)
+    status, logs = "failed", ""
+    try:
+        yield record
+        status = "completed"
+    except asyncio.CancelledError:
+        status, logs = "cancelled", "the command was interrupted"
+        raise
+    except Exception as error:
+        logs = str(error)
+        raise
+    finally:
+        finish = platform.finish_build(
+            app,
+            build,
+            status=status,
+            image=record.image if status == "completed" else None,
+            logs=logs,
+            timings_ms=record.timings_ms,
+        )
+        await settle(f"recording the build as {status}", finish, emit)
+
+
+def completed(definition: Mapping[str, object], port: int) -> Mapping[str, object]:
+    """The app's definition, which always says where it listens."""
+    if {"http_service", "services"} & definition.keys():
+        return definition
+    return {**definition, "http_service": {"internal_port": port}}
+
+
+def ulid() -> str:
+    """26 characters that sort by time: 48 bits of milliseconds, 80 of chance."""
+    number = (time.time_ns() // 1_000_000) << 80 | randbits(80)
+    return "".join(CROCKFORD[number >> shift & 31] for shift in range(125, -1, -5))

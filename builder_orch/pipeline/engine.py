@@ -1,0 +1,365 @@
+"""The Docker Engine API over a dialled stream; the one user of docker-py."""
+
+import asyncio
+import http.client
+import socket
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass, field
+from ipaddress import IPv6Address
+from typing import Any, TypeVar
+
+import docker
+import docker.errors
+import urllib3.exceptions
+from tenacity import (
+    AsyncRetrying,
+    RetryCallState,
+    retry_if_exception_type,
+    stop_after_delay,
+    wait_random_exponential,
+)
+
+from builder_orch.api.models import Secret
+from builder_orch.errors import BuilderLost, BuilderNotProvisioned, BuilderOrchError, NotAllowed
+from builder_orch.pipeline.line import Line, pool_over
+from builder_orch.pipeline.thread import in_thread
+
+PORT = 2375
+"""Where an engine listens in plain: only members of the private network reach it."""
+OLDEST_API = "1.24"
+DIAL_S = 10.0
+"""How long one connection to the engine may take."""
+ANSWER_S = 30.0
+"""How long the engine may take to answer a short question."""
+PING_S = 3.0
+VIGIL_EVERY_S = 15.0
+VIGIL_MISSES = 3
+"""So many pings without an answer, and nothing else heard meanwhile, mean that it is gone."""
+
+Dial = Callable[[str, int], Awaitable[socket.socket]]
+Pause = Callable[[float], Awaitable[None]]
+Take = Callable[[bytes], None]
+Made = TypeVar("Made")
+Client = Any
+
+_TRANSPORT = (OSError, urllib3.exceptions.HTTPError, http.client.HTTPException)
+
+
+@dataclass(frozen=True, slots=True)
+class Login:
+    """What a registry asks for."""
+
+    username: str
+    password: Secret
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What a build is told besides its context."""
+
+    dockerfile: str
+    build_args: dict[str, str] = field(default_factory=dict, repr=False)
+    target: str = ""
+    no_cache: bool = False
+    labels: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """An image as the engine has it. `digests` are `repository@sha256:...`, `ports` those of TCP
+    that the image says it listens on."""
+
+    id: str
+    size_bytes: int
+    digests: tuple[str, ...]
+    ports: tuple[int, ...] = ()
+
+
+class Refused(Exception):
+    """The engine answered a request with an HTTP error; `status` is its code."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class _NotYet(Exception):
+    """The engine is not ready; the text says why."""
+
+
+class _Client(docker.APIClient):  # type: ignore[misc]
+    """docker-py without the user's own registry passwords: a builder is not shown them."""
+
+    def _set_auth_headers(self, headers: dict[str, str]) -> None:
+        """Called for every build; the parent class would read ~/.docker/config.json."""
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """One engine, reached by `dial`. Each question has a connection of its own.
+
+    Failures: BuilderLost when the connection breaks, NotAllowed when it turns us away, and
+    `Refused` for the answers that the asking stage has to understand.
+    """
+
+    address: IPv6Address
+    dial: Dial
+    version: str = OLDEST_API
+    port: int = PORT
+    pause: Pause = asyncio.sleep
+
+    @property
+    def url(self) -> str:
+        """Its base URL, which nothing but our own dialling can reach."""
+        return f"http://[{self.address}]:{self.port}"
+
+    async def build(
+        self, recipe: Recipe, body: Callable[[Line], Iterator[bytes]], take: Take
+    ) -> None:
+        """Send a context and hand what the engine says to `take`, in a thread.
+
+        `body` has to make the line fragile until its last octet was taken.
+        """
+
+        def work(client: Client, line: Line) -> None:
+            answer = client.build(
+                fileobj=body(line),
+                custom_context=True,
+                dockerfile=recipe.dockerfile,
+                buildargs=dict(recipe.build_args),
+                target=recipe.target or None,
+                nocache=recipe.no_cache,
+                labels=dict(recipe.labels),
+                rm=True,
+                forcerm=True,
+            )
+            _drain(answer, take)
+
+        await self._long("the build", work)
+
+    async def push(self, repository: str, tag: str, login: Login, take: Take) -> None:
+        """Have a tag pushed; what the engine says goes to `take`, in a thread."""
+
+        def work(client: Client, _: Line) -> None:
+            registry = repository.partition("/")[0]
+            auth = {
+                "username": login.username,
+                "password": login.password.reveal(),
+                "serveraddress": registry,
+            }
+            _drain(client.push(repository, tag=tag, stream=True, auth_config=auth), take)
+
+        await self._long("the push", work)
+
+    async def tag(self, image_id: str, repository: str, tag: str) -> None:
+        """Give an image a name."""
+        await self._short(
+            "naming the image", lambda client, _: client.tag(image_id, repository, tag=tag)
+        )
+
+    async def inspect(self, reference: str) -> Image | None:
+        """Read an image back; None when the engine has no such image."""
+        try:
+            found = await self._short(
+                "reading the image back", lambda client, _: client.inspect_image(reference)
+            )
+        except Refused as error:
+            if error.status == 404:
+                return None
+            raise
+        match found:
+            case {"Id": str(name), "Size": int(size)}:
+                digests = found.get("RepoDigests") or []
+                names = tuple(text for text in digests if isinstance(text, str))
+                return Image(name, size, names, _exposed(found.get("Config")))
+            case _:
+                raise _lost("reading the image back", "it answered with something else")
+
+    async def ping(self) -> None:
+        """One question that any engine answers at once."""
+        await self._ask("the ping", lambda client, _: client.ping(), PING_S)
+
+    async def api_version(self) -> str:
+        """The newest API it speaks; Refused if it is no engine at all."""
+        said = await self._short(
+            "asking for its version", lambda client, _: client.version(api_version=False)
+        )
+        match said:
+            case {"ApiVersion": str(version)} if version.replace(".", "").isdecimal():
+                return version
+            case _:
+                raise Refused(200, "no Docker engine answers there")
+
+    async def _short(self, doing: str, work: Callable[[Client, Line], Made]) -> Made:
+        return await self._ask(doing, work, ANSWER_S)
+
+    async def _long(self, doing: str, work: Callable[[Client, Line], None]) -> None:
+        """Without a time limit, but with a watch over the engine."""
+        lines: list[Line] = []
+
+        def noted(client: Client, line: Line) -> None:
+            lines.append(line)
+            work(client, line)
+
+        working = asyncio.create_task(self._ask(doing, noted, None))
+        watching = asyncio.create_task(self._watch(lines))
+        try:
+            await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
+            if not working.done():
+                raise _lost(doing, await watching)
+            await working
+        finally:
+            for task in (working, watching):
+                task.cancel()
+            await asyncio.gather(working, watching, return_exceptions=True)
+
+    async def _watch(self, lines: list[Line]) -> str:
+        """Return, with the reason, when the engine has been silent for too long."""
+        misses, heard = 0, 0
+        while True:
+            await self.pause(VIGIL_EVERY_S)
+            moved = sum(line.moved for line in lines)
+            if moved != heard:
+                misses, heard = 0, moved
+                continue
+            try:
+                await self.ping()
+                misses = 0
+            except (BuilderOrchError, Refused) as error:
+                misses += 1
+                if misses >= VIGIL_MISSES:
+                    return f"no sign of life in {misses * VIGIL_EVERY_S:g} s ({error})"
+
+    async def _ask(
+        self, doing: str, work: Callable[[Client, Line], Made], timeout_s: float | None
+    ) -> Made:
+        """One connection, one request, in a thread; cancelling resets the connection."""
+        try:
+            async with asyncio.timeout(DIAL_S):
+                line = Line(await self.dial(str(self.address), self.port))
+        except OSError as error:
+            raise _lost(doing, f"no connection to {self.url}: {_why(error)}") from None
+
+        def run() -> Made:
+            try:
+                client = _Client(base_url=self.url, version=self.version, timeout=timeout_s)
+                with client:
+                    # No proxy of the environment: the address means nothing outside the tunnel.
+                    client.trust_env = False
+                    pools = client.get_adapter(self.url).poolmanager
+                    pools.pool_classes_by_scheme = {"http": pool_over(line)}
+                    return work(client, line)
+            finally:
+                line.end()
+
+        try:
+            return await in_thread(run, give_up=line.give_up)
+        except docker.errors.APIError as error:
+            raise self._refusal(error) from None
+        except _TRANSPORT as error:
+            raise _lost(doing, _why(error)) from None
+        except (docker.errors.DockerException, ValueError) as error:
+            raise _lost(doing, f"it answered with something else: {error}"[:500]) from None
+
+    def _refusal(self, error: Exception) -> Exception:
+        status = getattr(error, "status_code", None) or 0
+        message = str(getattr(error, "explanation", None) or error)[:2000]
+        if status in {401, 403}:
+            return NotAllowed(
+                f"the builder turned us away: {message}",
+                hint="Check that the token reaches this app and its organization's builder.",
+            )
+        return Refused(status, message)
+
+
+async def wait_for_engine(
+    engine: Engine, report: Callable[[str], None], *, limit_s: float
+) -> Engine:
+    """Ask until it answers; the same engine with the API version that it speaks.
+
+    BuilderNotProvisioned after `limit_s`, with the reason of the last attempt.
+    """
+
+    async def attempt() -> Engine:
+        try:
+            await engine.ping()
+            version = await engine.api_version()
+        except (BuilderLost, Refused) as error:
+            raise _NotYet(str(error)) from None
+        return Engine(engine.address, engine.dial, version, engine.port, engine.pause)
+
+    def tell(state: RetryCallState) -> None:
+        assert state.outcome is not None
+        report(str(state.outcome.exception()))
+
+    try:
+        return await AsyncRetrying(
+            retry=retry_if_exception_type(_NotYet),
+            stop=stop_after_delay(limit_s),
+            wait=wait_random_exponential(multiplier=0.2, max=3),
+            before_sleep=tell,
+            sleep=engine.pause,
+            reraise=True,
+        )(attempt)
+    except _NotYet as error:
+        raise BuilderNotProvisioned(
+            f"the tunnel is up, but the builder's engine was not ready in {limit_s:g} s: {error}",
+            hint="Run it again; if it stays so, look at the builder's own log.",
+        ) from None
+
+
+def _drain(answer: Iterator[bytes | str], take: Take) -> None:
+    for piece in answer:
+        # docker-py gives text where an answer came in one piece
+        take(piece.encode() if isinstance(piece, str) else piece)
+
+
+def _exposed(config: object) -> tuple[int, ...]:
+    """The ports of `EXPOSE 8080`, which an engine lists as {"8080/tcp": {}}."""
+    listed = config.get("ExposedPorts") if isinstance(config, dict) else None
+    names = [str(name) for name in listed] if isinstance(listed, dict) else []
+    split = [name.partition("/") for name in names]
+    return tuple(sorted(int(port) for port, _, kind in split if port.isdecimal() and kind == "tcp"))
+
+
+def _lost(doing: str, why: str) -> BuilderLost:
+    return BuilderLost(
+        f"the builder was lost during {doing}: {why}",
+        hint="Run it again; what was built so far is cached.",
+    )
+
+
+def _why(error: BaseException) -> str:
+    """The reason in words: clients wrap a reset into several exceptions."""
+    seen = list(_chain(error))
+    for kinds, words in _REASONS:
+        if any(isinstance(one, kinds) for one in seen):
+            return words
+    return str(seen[-1]) or type(seen[-1]).__name__
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """An exception and what it was made from, outermost first."""
+    seen: BaseException | None = error
+    for _ in range(8):
+        if seen is None:
+            return
+        yield seen
+        wrapped = next((arg for arg in seen.args if isinstance(arg, BaseException)), None)
+        seen = seen.__cause__ or seen.__context__ or wrapped
+
+
+_REASONS: tuple[tuple[tuple[type[BaseException], ...], str], ...] = (
+    ((ConnectionRefusedError,), "connection refused"),
+    ((ConnectionResetError, BrokenPipeError), "connection reset"),
+    ((TimeoutError, urllib3.exceptions.TimeoutError), "no answer in time"),
+    (
+        (
+            http.client.IncompleteRead,
+            http.client.RemoteDisconnected,
+            urllib3.exceptions.IncompleteRead,
+            urllib3.exceptions.InvalidChunkLength,
+        ),
+        "the connection ended in the middle of an answer",
+    ),
+)

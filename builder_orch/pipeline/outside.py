@@ -1,0 +1,119 @@
+"""What a run needs from outside itself; the command line has the real ones, a test its own."""
+
+import asyncio
+import socket
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, field
+from ipaddress import IPv6Address
+from typing import Protocol
+
+from builder_orch.api.models import App, Build, Builder, Organization, Peer, Region, Release
+from builder_orch.events import Emit, Warned
+from builder_orch.pipeline.engine import Login, Pause
+from builder_orch.tunnel.config import TunnelConfig
+
+CLEAN_UP_S = 5.0
+"""How long one thing that has to be ended may take; then it is left, and said so."""
+
+
+class Platform(Protocol):
+    """Those operations of `api.client.Platform` that a run uses."""
+
+    async def organization(self, slug: str | None) -> Organization: ...
+    async def app(self, name: str) -> App: ...
+    async def create_app(self, organization: Organization, name: str) -> App: ...
+    async def nearest_region(self) -> Region: ...
+    async def add_peer(
+        self,
+        organization: Organization,
+        name: str,
+        public_key: str,
+        *,
+        region: str | None,
+        ephemeral: bool,
+    ) -> Peer: ...
+    async def remove_peer(self, organization: Organization, name: str) -> None: ...
+    async def ensure_builder(self, app: App, region: str | None) -> Builder: ...
+    async def create_build(
+        self, app: App, *, machine_id: str, strategies: Iterable[str]
+    ) -> Build: ...
+    async def finish_build(
+        self,
+        app: App,
+        build: Build,
+        *,
+        status: str,
+        image: tuple[str, str, int] | None,
+        logs: str,
+        timings_ms: Mapping[str, float],
+    ) -> Build: ...
+    async def create_release(
+        self,
+        app: App,
+        *,
+        image: str,
+        build: Build,
+        strategy: str,
+        definition: Mapping[str, object],
+    ) -> Release: ...
+    async def release(self, app: App, version: int) -> Release: ...
+    async def update_release(
+        self, release: Release, *, status: str, metadata: Mapping[str, object]
+    ) -> Release: ...
+
+
+class Tunnel(Protocol):
+    """Those abilities of `tunnel.Tunnel` that a run uses."""
+
+    async def dial(self, host: str, port: int, *, timeout_s: float = 30.0) -> socket.socket: ...
+    async def resolve(self, name: str) -> list[IPv6Address]: ...
+    async def ready(self, *, timeout_s: float, report: Callable[[str], None]) -> float: ...
+
+
+OpenTunnel = Callable[[TunnelConfig], AbstractAsyncContextManager[Tunnel]]
+Credentials = Callable[[], Awaitable[Login]]
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Seconds after which a wait is given up. A peer may take 95 s to reach its gateway."""
+
+    provision_s: float = 240.0
+    handshake_s: float = 120.0
+    resolver_s: float = 20.0
+    engine_s: float = 120.0
+    release_s: float = 300.0
+    answer_s: float = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """The platform, a way to it and its registry. `credentials` are asked for at each push."""
+
+    platform: Platform
+    open_tunnel: OpenTunnel
+    registry: str
+    credentials: Credentials
+    limits: Limits = field(default_factory=Limits)
+    pause: Pause = asyncio.sleep
+
+
+async def settle(doing: str, work: Awaitable[object], emit: Emit) -> bool:
+    """Finish a piece of tidying up, also while a run is being cancelled; did it work?
+
+    A failure is only told: what brought the run to its end matters more.
+    """
+    task = asyncio.ensure_future(work)
+    await asyncio.wait({task}, timeout=CLEAN_UP_S)
+    if not task.done():
+        task.cancel()
+        emit(Warned("clean-up", f"{doing} took more than {CLEAN_UP_S:g} s and was left"))
+        return False
+    error = task.exception()
+    if error is None:
+        return True
+    if not isinstance(error, Exception):
+        raise error
+    emit(Warned("clean-up", f"{doing} failed: {error}"))
+    return False

@@ -1,0 +1,31 @@
+"""The builder of one organisation as the platform sees it: a machine with a Docker engine."""
+
+import socket
+from ipaddress import IPv6Address
+from typing import Final
+
+from builder_orch.selfhost.engine import Engine
+from builder_orch.selfhost.process import State
+
+DOCKER_PORT: Final = 2375
+
+
+class BuilderMachine:
+    """One builder: its id, its private address, and the way to its engine."""
+
+    def __init__(self, engine: Engine, *, machine_id: str, address: IPv6Address) -> None:
+        self.machine_id = machine_id
+        self.address = address
+        self._engine = engine
+
+    async def ensure(self, app: str) -> tuple[str, State, IPv6Address]:
+        """Return id, state and address of the builder of an app; all apps of one organisation
+        share it. The state is STARTED only when the engine has just answered."""
+        del app
+        return self.machine_id, await self._engine.state(), self.address
+
+    async def connect(self, port: int) -> socket.socket:
+        """Return a fresh, non-blocking connection to the engine; any port but 2375 is refused."""
+        if port != DOCKER_PORT:
+            raise ConnectionRefusedError(f"the builder serves port {DOCKER_PORT} only")
+        return await self._engine.connect()
