@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import click
 
@@ -75,7 +76,11 @@ def _run(flags: Flags, release: bool, emit: Emit) -> Deployed:
     chosen = environment.platform(flags.api_url)
     if chosen is None or chosen.selfhost:
         chosen = start_selfhost(environment, emit)
-    return asyncio.run(_guarded(wanted, chosen, flags.timeout, emit))
+    if flags.capture is not None and flags.capture.exists():
+        raise UsageFailure(
+            f"{flags.capture} is there already", hint="Name a new file with --capture."
+        )
+    return asyncio.run(_guarded(wanted, chosen, flags, emit))
 
 
 def order(flags: Flags, project: Project, environment: Environment, *, release: bool) -> Order:
@@ -118,12 +123,14 @@ def start_selfhost(environment: Environment, emit: Emit) -> PlatformSettings:
 
 
 @asynccontextmanager
-async def open_world(chosen: PlatformSettings, emit: Emit) -> AsyncGenerator[World]:
-    """The real platform, tunnel and registry."""
+async def open_world(
+    chosen: PlatformSettings, emit: Emit, capture: Path | None
+) -> AsyncGenerator[World]:
+    """The real platform, tunnel and registry; the tunnel's process starts at once."""
     from builder_orch.api.client import IDEMPOTENT, IDEMPOTENT_SELFHOST, Platform
     from builder_orch.api.models import Secret
     from builder_orch.pipeline.engine import Login
-    from builder_orch.tunnel.driver import open_tunnel
+    from builder_orch.tunnel.hosted import hosting
 
     token = Secret(chosen.token)
 
@@ -131,24 +138,25 @@ async def open_world(chosen: PlatformSettings, emit: Emit) -> AsyncGenerator[Wor
         return Login("x", token)
 
     idempotent = IDEMPOTENT_SELFHOST if chosen.selfhost else IDEMPOTENT
-    async with Platform(chosen.api_url, token, idempotent=idempotent, emit=emit) as platform:
+    async with (
+        hosting(capture=capture) as open_tunnel,
+        Platform(chosen.api_url, token, idempotent=idempotent, emit=emit) as platform,
+    ):
         yield World(platform, open_tunnel, chosen.registry, credentials)
 
 
-async def _guarded(
-    wanted: Order, chosen: PlatformSettings, timeout_s: float | None, emit: Emit
-) -> Deployed:
+async def _guarded(wanted: Order, chosen: PlatformSettings, flags: Flags, emit: Emit) -> Deployed:
     """Carry an order out; a signal cancels it once, and the tidying up is waited for."""
     with Stop.listening() as stop:
-        limit = asyncio.timeout(timeout_s)
+        limit = asyncio.timeout(flags.timeout)
         try:
-            async with limit, open_world(chosen, emit) as world:
+            async with limit, open_world(chosen, emit, flags.capture) as world:
                 return await carry_out(wanted, world, emit)
         except TimeoutError:
             if not limit.expired():
                 raise
             raise TimedOut(
-                f"the run took longer than {timeout_s:g} s",
+                f"the run took longer than {flags.timeout:g} s",
                 hint="Give it more time with --timeout; what was built so far is cached.",
             ) from None
         except asyncio.CancelledError:

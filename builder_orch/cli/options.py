@@ -94,6 +94,7 @@ class Flags:
     build_only: bool = False
     api_url: str = ""
     timeout: float | None = None
+    capture: Path | None = None
     output: str = "text"
     json: bool = False
 
@@ -128,6 +129,7 @@ _OPTIONS = (
     _option("--push/--no-push", default=True, help="Push the image to the registry."),
     _option("--api-url", default="", help="The platform's GraphQL endpoint."),
     _option("--timeout", type=Duration(), default=None, help="For the whole run: 90s, 10m, 1h."),
+    _option("--capture", type=_FILE, help="A new pcap file for the packets inside the tunnel."),
     _option(
         "--output", type=click.Choice(OUTPUTS), default="text", help="What stdout and stderr get."
     ),

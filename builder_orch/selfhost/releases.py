@@ -403,9 +403,12 @@ class Runner:
         before, self._serving[app] = self._serving.get(app), machine
         try:
             if before is not None:
-                await self._retire(before)
+                await self._withdraw(before)
         finally:
             self._note(app, release, Status.COMPLETE)
+        # Whoever waits for the release need not wait for the one before to take its leave.
+        if before is not None:
+            await self._end(before)
 
     async def _bring_up(self, app: str, release: Release) -> Machine:
         """Return the new machine once it has answered and is routed; else leave nothing of it."""
@@ -500,10 +503,19 @@ class Runner:
                 writer.transport.abort()
 
     async def _retire(self, machine: Machine) -> None:
+        await self._withdraw(machine)
+        await self._end(machine)
+
+    async def _withdraw(self, machine: Machine) -> None:
         # Noted first: a container that the ledger does not know is removed at the next start.
         self._ledger.machine_retired(machine.app, machine.id)
         try:
             await self._surroundings.withdrawn(machine.app, machine)
+        except (BuilderOrchError, OSError) as error:
+            self._report(f"{machine.app} is still routed to {machine.address}: {error}")
+
+    async def _end(self, machine: Machine) -> None:
+        try:
             await self._engine.stop(machine.container, grace_s=STOP_GRACE_S)
             await self._engine.remove(machine.container)
         except (BuilderOrchError, EngineRefused, OSError) as error:

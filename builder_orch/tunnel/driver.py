@@ -42,6 +42,9 @@ from builder_orch.tunnel.wireguard.interface import (
 
 PING_PAYLOAD = bytes(range(32))
 BACKEND_TIMEOUT_S = 10.0
+KEEPALIVE_S = 30.0
+"""Silence after which a peer is asked whether it is still there: the only way to notice that an idle
+one has gone, and that the far side of a half-closed stream was lost."""
 
 Backend = Callable[[Address, Address], Awaitable[socket.socket]]
 """Given a caller's remote and local inside addresses: a connected socket to splice it to."""
@@ -293,19 +296,19 @@ class Tunnel:
                 interface.summon(remote, now)
             for datagrams in interface.transmit(now):
                 carrier.send(datagrams)
-            began = self._session_began()
+            began = self._sessions_begun()
             if began:
-                stack.kick(now)
+                stack.kick(now, lambda remote: interface.peer_of(remote) in began)
             events = stack.events()
             if not events and not began:
                 return
 
-    def _session_began(self) -> bool:
-        began = False
+    def _sessions_begun(self) -> set[PublicKey | None]:
+        began: set[PublicKey | None] = set()
         for told in self._interface.events():
             match told:
                 case SessionStarted(public_key=key):
-                    began = True
+                    began.add(key)
                     self._attempts = 0
                     self._established.setdefault(key, asyncio.Event()).set()
                 case HandshakeStarted(attempt=attempt):
@@ -430,6 +433,7 @@ class Tunnel:
         self._splice(connection, sock)
 
     def _splice(self, connection: Connection, sock: socket.socket) -> None:
+        connection.keep_alive(KEEPALIVE_S)
         splice = Splice(connection, sock, self.pump)
         self._splices[connection] = splice
         splice.start()

@@ -53,7 +53,9 @@ def spoil() -> list[Spoil]:
 @pytest.fixture(autouse=True)
 def _world(monkeypatch: pytest.MonkeyPatch, used: Used, spoil: list[Spoil]) -> None:
     @asynccontextmanager
-    async def open_world(chosen: PlatformSettings, emit: Emit) -> AsyncGenerator[World]:
+    async def open_world(
+        chosen: PlatformSettings, emit: Emit, capture: Path | None
+    ) -> AsyncGenerator[World]:
         async with fake_world() as made:
             made.engine.pushes = [pushed(DIGEST)]
             made.engine.digests = [f"{REGISTRY}/hello@{DIGEST}"]

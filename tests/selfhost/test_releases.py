@@ -203,6 +203,7 @@ async def test_a_release_is_pulled_by_digest_checked_routed_and_retires_the_one_
         assert await finish(world, 1) == "complete"
         runner.begin("web", Release(2, IMAGE))
         assert await finish(world, 2) == "complete"
+        await settled(lambda: world.said[-1].startswith("remove"))
         assert runner.serving("web") is not None
         assert world.machines == {"m2"}
         assert world.pulls[0] == (IMAGE, "x", "secret of web")
@@ -217,9 +218,9 @@ async def test_a_release_is_pulled_by_digest_checked_routed_and_retires_the_one_
             "start fly-build-web-v2-m2",
             "route web to m2",
             "withdraw m1",
+            "web 2 complete",
             "stop fly-build-web-v1-m1 10",
             "remove fly-build-web-v1-m1",
-            "web 2 complete",
         ]
         assert world.time == 7.0
 

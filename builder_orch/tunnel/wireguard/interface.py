@@ -132,6 +132,11 @@ class Interface:
         peer = self._routes.find(remote)
         return peer is not None and peer.is_ready(self._now)
 
+    def peer_of(self, remote: bytes) -> PublicKey | None:
+        """Whose packets to this inside address would be."""
+        peer = self._routes.find(remote)
+        return None if peer is None else peer.config.public_key
+
     def summon(self, remote: bytes, now: float) -> None:
         """Begin a handshake with the peer of an address, unless needless or under way."""
         self._now = now
