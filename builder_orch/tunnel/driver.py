@@ -43,8 +43,8 @@ from builder_orch.tunnel.wireguard.interface import (
 PING_PAYLOAD = bytes(range(32))
 BACKEND_TIMEOUT_S = 10.0
 KEEPALIVE_S = 30.0
-"""Silence after which a peer is asked whether it is still there: the only way to notice that an idle
-one has gone, and that the far side of a half-closed stream was lost."""
+"""Silence after which a peer is asked whether it is still there: the only way to notice that an
+idle one has gone, and that the far side of a half-closed stream was lost."""
 
 Backend = Callable[[Address, Address], Awaitable[socket.socket]]
 """Given a caller's remote and local inside addresses: a connected socket to splice it to."""
@@ -296,14 +296,13 @@ class Tunnel:
                 interface.summon(remote, now)
             for datagrams in interface.transmit(now):
                 carrier.send(datagrams)
-            began = self._sessions_begun()
-            if began:
-                stack.kick(now, lambda remote: interface.peer_of(remote) in began)
+            began = self._kick_after_handshakes(now)
             events = stack.events()
             if not events and not began:
                 return
 
-    def _sessions_begun(self) -> set[PublicKey | None]:
+    def _kick_after_handshakes(self, now: float) -> bool:
+        """Hear the interface; connections of a peer with new keys need not wait for their timers."""
         began: set[PublicKey | None] = set()
         for told in self._interface.events():
             match told:
@@ -315,7 +314,9 @@ class Tunnel:
                     self._attempts = attempt
                 case _:
                     pass
-        return began
+        if began:
+            self._stack.kick(now, lambda remote: self._interface.peer_of(remote) in began)
+        return bool(began)
 
     def _arm(self, now: float) -> None:
         # A blocked carrier calls `settled` when it has room; a timer before that would only spin.
