@@ -302,7 +302,7 @@ class Tunnel:
                 return
 
     def _kick_after_handshakes(self, now: float) -> bool:
-        """Hear the interface; connections of a peer with new keys need not wait for their timers."""
+        """Hear the interface; connections of a peer with new keys need not wait for timers."""
         began: set[PublicKey | None] = set()
         for told in self._interface.events():
             match told:
