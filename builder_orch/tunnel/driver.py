@@ -32,6 +32,7 @@ from builder_orch.tunnel.ipv6.stack import Stack
 from builder_orch.tunnel.ipv6.state import End
 from builder_orch.tunnel.machine import Address, Endpoint
 from builder_orch.tunnel.resolver import STREAM_TIMEOUT_S, Resolver
+from builder_orch.tunnel.stamps import Stamps
 from builder_orch.tunnel.stream import Splice, loopback_pair, reset
 from builder_orch.tunnel.wireguard.interface import (
     HandshakeStarted,
@@ -78,18 +79,25 @@ class Tunnel:
     """
 
     def __init__(
-        self, config: TunnelConfig, carrier: Carrier, *, capture: Capture | None = None
+        self,
+        config: TunnelConfig,
+        carrier: Carrier,
+        *,
+        capture: Capture | None = None,
+        stamps: Stamps | None = None,
     ) -> None:
         self._config = config
         self._capture = capture
         self._carrier = carrier
         self._loop = asyncio.get_running_loop()
         now = boot_time()
+        self._stamps = stamps
+        self._epoch = time.time() - now if stamps is None else stamps.epoch(time.time(), now)
         self._interface = Interface(
             config.private_key,
             mtu=config.mtu,
             entropy=os.urandom,
-            epoch=time.time() - now,
+            epoch=self._epoch,
             peers=config.peers,
         )
         self._stack = Stack(
@@ -294,9 +302,10 @@ class Tunnel:
                     interface.send(train, now)
             for remote in stack.summons():
                 interface.summon(remote, now)
-            for datagrams in interface.transmit(now):
-                carrier.send(datagrams)
+            outgoing = interface.transmit(now)
             began = self._kick_after_handshakes(now)
+            for datagrams in outgoing:
+                carrier.send(datagrams)
             events = stack.events()
             if not events and not began:
                 return
@@ -312,6 +321,9 @@ class Tunnel:
                     self._established.setdefault(key, asyncio.Event()).set()
                 case HandshakeStarted(attempt=attempt):
                     self._attempts = attempt
+                    if self._stamps is not None:
+                        # Before it leaves: a stamp that was sent must not be forgotten.
+                        self._stamps.keep(self._epoch + now)
                 case _:
                     pass
         if began:
@@ -492,13 +504,17 @@ async def _carrier_for(config: TunnelConfig) -> Carrier:
 
 @asynccontextmanager
 async def open_tunnel(
-    config: TunnelConfig, *, carrier: Carrier | None = None, capture: Capture | None = None
+    config: TunnelConfig,
+    *,
+    carrier: Carrier | None = None,
+    capture: Capture | None = None,
+    stamps: Stamps | None = None,
 ) -> AsyncGenerator[Tunnel]:
     """A tunnel that lives as long as the block; no interface, no privileges.
 
     Leaving the block resets what is still open. TunnelNotUp if no socket can be had; that the far
     end answers is known after `ready`, or with the first `dial`. `capture` is shown every inner
-    packet, both ways.
+    packet, both ways; `stamps` is for a key that is used again by a later process.
     """
     X25519PrivateKey.from_private_bytes(config.private_key)
     peers = [
@@ -506,7 +522,7 @@ async def open_tunnel(
         for peer in config.peers
     ]
     config = replace(config, peers=tuple(peers))
-    tunnel = Tunnel(config, carrier or await _carrier_for(config), capture=capture)
+    tunnel = Tunnel(config, carrier or await _carrier_for(config), capture=capture, stamps=stamps)
     try:
         yield tunnel
     finally:
