@@ -10,10 +10,11 @@ import statistics
 import sys
 from dataclasses import dataclass
 
-from bench.lab import FAR, NEAR, PLAIN_FAR, ROOT, Lab, build_peers, missing
+from bench.lab import FAR, NEAR, PLAIN_FAR, ROOT, Lab, Path, build_peers, missing
 
 SUBJECTS = ("ours", "inline", "netstack", "kernel-wg", "kernel")
 """`ours` hosts the tunnel in a process of its own, as commands do; `inline` does not."""
+REACHING = ("ours", "netstack", "kernel-wg")
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Task:
     octets: int
     streams: int = 1
     subjects: tuple[str, ...] = SUBJECTS
+    path: Path | None = None
 
 
 def tasks(size: int) -> list[Task]:
@@ -35,6 +37,11 @@ def tasks(size: int) -> list[Task]:
         Task("both", "both", size),
         Task("up, 8 streams", "up", size, 8),
         Task("echo 64 B", "echo", 2000),
+        Task("up, 5 % reordered", "up", size // 4, 1, REACHING, Path(4, reorder=0.05)),
+        Task("up, same way, in order", "up", size // 4, 1, REACHING, Path(4)),
+        Task("up, 0.1 % lost, 40 ms", "up", size // 16, 1, REACHING, Path(40, loss=0.001)),
+        Task("up, 1 % lost, 20 ms", "up", size // 16, 1, REACHING, Path(20, loss=0.01)),
+        Task("up, 100 ms", "up", size // 8, 1, REACHING, Path(100)),
         Task("up, busy thread", "busy-up", size, 1, ("ours", "inline")),
     ]
 
@@ -115,6 +122,11 @@ def ratios(rows: list[dict[str, object]]) -> dict[str, float | None]:
         "cpu_down_vs_netstack": against("down", "CPU s/GB"),
         "rss_vs_netstack": against("up", "RSS MB"),
         "streams8_vs_1": ratio(("ours", "up, 8 streams", "MB/s"), up),
+        "reorder5_vs_clean": ratio(
+            ("ours", "up, 5 % reordered", "MB/s"), ("ours", "up, same way, in order", "MB/s")
+        ),
+        "loss01_40ms_vs_netstack": against("up, 0.1 % lost, 40 ms", "MB/s"),
+        "loss1_20ms_vs_netstack": against("up, 1 % lost, 20 ms", "MB/s"),
         "busy_app_vs_idle": ratio(("ours", "up, busy thread", "MB/s"), up),
     }
 
@@ -143,14 +155,17 @@ def main() -> int:
                 continue
             subjects = [name for name in task.subjects if name in (options.subject or SUBJECTS)]
             rounds: dict[str, list[dict[str, float]]] = {name: [] for name in subjects}
+            if task.path is not None:
+                lab.impair(task.path)
             for _ in range(options.rounds):
                 for subject in subjects:
                     rounds[subject].append(run_one(lab, subject, task))
+            lab.clear()
             for subject in subjects:
                 made = rows_of(task, subject, rounds[subject])
                 rows += made
                 for row in made:
-                    print(f"{task.name:18} {subject:10} {row['median']:>12} {row['unit']}")
+                    print(f"{task.name:22} {subject:10} {row['median']:>12} {row['unit']}")
             sys.stdout.flush()
     finally:
         lab.close()

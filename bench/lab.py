@@ -1,6 +1,7 @@
 """Two network namespaces joined by a cable; the far one has a wireguard-go and the server."""
 
 import os
+import pathlib
 import shutil
 import subprocess
 import sys
@@ -8,15 +9,25 @@ import time
 from base64 import b64encode
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
-ROOT = Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parent.parent
 NEAR_HOST, FAR_HOST = "198.18.0.1", "198.18.0.2"
 NEAR, FAR = "fdaa:0:b::2", "fdaa:0:b::3"
 PLAIN_NEAR, PLAIN_FAR = "fdaa:0:c::2", "fdaa:0:c::3"
 UDP_PORT = 51820
+RELAY_PORT = 51821
+
+
+@dataclass(frozen=True)
+class Path:
+    """A way between the namespaces: delay there and back, shares of datagrams each way."""
+
+    rtt_ms: float
+    loss: float = 0.0
+    reorder: float = 0.0
+    jitter_ms: float = 3.0
 
 
 def public(private: bytes) -> bytes:
@@ -31,7 +42,7 @@ def missing() -> str | None:
     return None if shutil.which("ip") else "needs iproute2"
 
 
-def build_peers(out: Path) -> Path | None:
+def build_peers(out: pathlib.Path) -> pathlib.Path | None:
     """The Go peers, built; None (and a line) where there is no Go toolchain."""
     go = shutil.which("go")
     if go is None:
@@ -47,8 +58,8 @@ def build_peers(out: Path) -> Path | None:
 class Lab:
     """The namespaces and what runs in them; `close` ends all of it."""
 
-    peers: Path
-    out: Path
+    peers: pathlib.Path
+    out: pathlib.Path
     near: str = field(default_factory=lambda: f"fbbench-{os.getpid()}-near")
     far: str = field(default_factory=lambda: f"fbbench-{os.getpid()}-far")
     children: list["subprocess.Popen[str]"] = field(default_factory=list)
@@ -74,10 +85,37 @@ class Lab:
             assert server.stdout is not None
             self.ports[address] = int(server.stdout.readline())
         self.config = self.out / "ours.conf"
+        self.port = UDP_PORT
+        self.clear()
+
+    def clear(self) -> None:
+        """The way is the cable itself again."""
+        if self.port == RELAY_PORT:
+            self.end(self.children[-1])
+        self.reach(UDP_PORT)
+
+    def impair(self, path: Path) -> None:
+        """Lead the way through a relay, until `clear`."""
+        words = [f"{path.rtt_ms / 2}ms", path.loss, path.reorder, f"{path.jitter_ms}ms", 1]
+        relay = self.start(
+            self.far,
+            str(self.peers),
+            "relay",
+            f"{FAR_HOST}:{RELAY_PORT}",
+            f"127.0.0.1:{UDP_PORT}",
+            *map(str, words),
+        )
+        assert relay.stdout is not None
+        relay.stdout.readline()
+        self.reach(RELAY_PORT)
+
+    def reach(self, port: int) -> None:
+        """Have every subject call the far end at this UDP port."""
+        self.port = port
         self.config.write_text(
             f"[Interface]\nPrivateKey = {_text(self.keys['near'])}\nAddress = {NEAR}/128\n"
             f"[Peer]\nPublicKey = {_text(public(self.keys['far']))}\n"
-            f"AllowedIPs = {FAR}/128\nEndpoint = {FAR_HOST}:{UDP_PORT}\n"
+            f"AllowedIPs = {FAR}/128\nEndpoint = {FAR_HOST}:{port}\n"
         )
 
     def uapi(self, side: str, *, listen: int | None = None) -> str:
@@ -88,7 +126,7 @@ class Lab:
             lines.append(f"listen_port={listen}")
         lines.append(f"public_key={public(self.keys[other]).hex()}")
         if side == "near":
-            lines.append(f"endpoint={FAR_HOST}:{UDP_PORT}")
+            lines.append(f"endpoint={FAR_HOST}:{self.port}")
         return "\n".join([*lines, f"allowed_ip={allowed}/128"]) + "\n"
 
     def tun(self, name: str, address: str, uapi: str) -> "subprocess.Popen[str]":

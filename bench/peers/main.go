@@ -1,8 +1,9 @@
 // Peers to measure against: wireguard-go behind a TUN device ("tun", the far end of every
 // measurement and the kernel-TCP subject), and wireguard-go with gVisor's netstack inside the
-// process ("netstack", which is how flyctl reaches its builders).
+// process ("netstack", which is how flyctl reaches its builders). "relay" makes the way between them
+// long and lossy (relay.go).
 //
-// Both read a WireGuard configuration (UAPI lines) from standard input up to its end. "netstack"
+// The first two read a WireGuard configuration (UAPI lines) from standard input up to its end. "netstack"
 // then does one piece of work against the benchmark's server and prints its figures as JSON.
 package main
 
@@ -41,7 +42,11 @@ type figures struct {
 
 func main() {
 	if len(os.Args) < 3 {
-		log.Fatal("usage: peers tun NAME | peers netstack ADDRESS TARGET WORK OCTETS STREAMS")
+		log.Fatal("usage: peers tun NAME | netstack ADDRESS TARGET WORK OCTETS STREAMS | relay ...")
+	}
+	if os.Args[1] == "relay" {
+		serveRelay(os.Args[2:])
+		return
 	}
 	uapi, err := io.ReadAll(os.Stdin)
 	if err != nil {
