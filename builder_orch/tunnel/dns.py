@@ -11,19 +11,12 @@ import dns.rdataclass
 import dns.rdatatype
 import dns.rrset
 
+from builder_orch.tunnel.failures import NameUnknown, ServerFailed
 from builder_orch.tunnel.machine import Entropy, Malformed
 
 PORT = 53
 UDP_PAYLOAD = 1232
 CNAME_LIMIT = 8
-
-
-class NameUnknown(OSError):
-    """The inside name server says that there is no such name, or no address for it."""
-
-
-class ServerFailed(OSError):
-    """The inside name server answered that it cannot answer."""
 
 
 class Question:

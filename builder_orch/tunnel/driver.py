@@ -31,7 +31,6 @@ from builder_orch.tunnel.ipv6.events import (
 from builder_orch.tunnel.ipv6.stack import Stack
 from builder_orch.tunnel.ipv6.state import End
 from builder_orch.tunnel.machine import Address, Endpoint
-from builder_orch.tunnel.resolver import STREAM_TIMEOUT_S, Resolver
 from builder_orch.tunnel.stamps import Stamps
 from builder_orch.tunnel.stream import Splice, loopback_pair, reset
 from builder_orch.tunnel.wireguard.interface import (
@@ -117,7 +116,6 @@ class Tunnel:
         self._echoes: dict[tuple[bytes, int, int], asyncio.Future[None]] = {}
         self._established: dict[PublicKey, asyncio.Event] = {}
         self._attempts = 0
-        self._resolver = Resolver(config.dns, self.datagrams, self._dial_address)
         self._tasks: set[asyncio.Task[None]] = set()
         carrier.start(self._deliver, self.pump)
 
@@ -153,7 +151,7 @@ class Tunnel:
         return theirs
 
     async def _dial_address(self, address: IPv6Address, port: int) -> socket.socket:
-        return await self.dial(str(address), port, timeout_s=STREAM_TIMEOUT_S)
+        return await self.dial(str(address), port)
 
     def dial_blocking(self, host: str, port: int, *, timeout_s: float = 30.0) -> socket.socket:
         """`dial` for any other thread than the event loop's."""
@@ -171,7 +169,11 @@ class Tunnel:
 
     async def resolve(self, name: str) -> list[IPv6Address]:
         """IPv6 addresses of an inside name, asked of the tunnel's DNS server over UDP, then TCP."""
-        return await self._resolver.resolve(name)
+        # The first question pays for the DNS library, and not every program that opens a tunnel.
+        from builder_orch.tunnel.resolver import Resolver
+
+        resolver = Resolver(self._config.dns, self.datagrams, self._dial_address)
+        return await resolver.resolve(name)
 
     @contextmanager
     def datagrams(self, heard: Answer) -> Iterator[Callable[[Address, bytes], None]]:

@@ -17,8 +17,8 @@ from builder_orch.tunnel import control
 from builder_orch.tunnel.capture import capturing
 from builder_orch.tunnel.config import TunnelConfig
 from builder_orch.tunnel.control import Inbox, Message
-from builder_orch.tunnel.dns import NameUnknown
 from builder_orch.tunnel.driver import Tunnel, open_tunnel
+from builder_orch.tunnel.failures import NameUnknown
 
 FAILURES: tuple[tuple[type[Exception], str], ...] = (
     (TunnelNotUp, "tunnel-not-up"),

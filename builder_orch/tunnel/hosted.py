@@ -21,7 +21,7 @@ from builder_orch.errors import TunnelNotUp
 from builder_orch.tunnel import control
 from builder_orch.tunnel.config import TunnelConfig
 from builder_orch.tunnel.control import Inbox, Message
-from builder_orch.tunnel.dns import NameUnknown
+from builder_orch.tunnel.failures import NameUnknown
 
 EXIT_TIMEOUT_S = 5.0
 _KINDS: dict[object, type[OSError]] = {

@@ -10,7 +10,8 @@ from ipaddress import IPv6Address
 
 from dns.message import Message
 
-from builder_orch.tunnel.dns import PORT, NameUnknown, Question, is_truncated
+from builder_orch.tunnel.dns import PORT, Question, is_truncated
+from builder_orch.tunnel.failures import NameUnknown
 from builder_orch.tunnel.machine import Address, Malformed
 
 WAITS_S = (0.5, 1.0, 1.5, 2.0)

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from builder_orch.tunnel.dns import NameUnknown, Question, ServerFailed, is_truncated
+from builder_orch.tunnel.dns import Question, is_truncated
+from builder_orch.tunnel.failures import NameUnknown, ServerFailed
 from builder_orch.tunnel.machine import Malformed
 
 

@@ -13,8 +13,8 @@ import pytest
 
 from builder_orch.errors import TunnelNotUp
 from builder_orch.tunnel.config import PeerConfig
-from builder_orch.tunnel.dns import NameUnknown
 from builder_orch.tunnel.driver import open_tunnel
+from builder_orch.tunnel.failures import NameUnknown
 from builder_orch.tunnel.forward import forward_port
 from builder_orch.tunnel.machine import Address
 from tests.tunnel.joined import CLIENT, GATEWAY, pair, public

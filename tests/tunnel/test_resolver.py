@@ -14,7 +14,7 @@ import dns.rrset
 import pytest
 
 from builder_orch.tunnel import resolver
-from builder_orch.tunnel.dns import NameUnknown
+from builder_orch.tunnel.failures import NameUnknown
 from builder_orch.tunnel.machine import Address
 from builder_orch.tunnel.resolver import Heard, Resolver
 
