@@ -57,6 +57,8 @@ class Lab:
     left: str = field(default_factory=lambda: _name("left"))
     right: str = field(default_factory=lambda: _name("right"))
     children: list["subprocess.Popen[bytes]"] = field(default_factory=list)
+    interface: str = f"wg{os.getpid()}"
+    """wireguard-go keeps its control sockets in one folder for all namespaces, by this name."""
 
     def socket(self, kind: socket.SocketKind = socket.SOCK_DGRAM) -> socket.socket:
         """An IPv4 socket of the left namespace."""
@@ -79,13 +81,13 @@ class Lab:
         mtu: int = 1420,
     ) -> int:
         """Start wireguard-go with us as its peer; the UDP port it listens at."""
-        words = ["ip", "netns", "exec", self.right, "wireguard-go", "-f", "wg0"]
+        words = ["ip", "netns", "exec", self.right, "wireguard-go", "-f", self.interface]
         quiet = {**os.environ, "WG_PROCESS_FOREGROUND": "1", "LOG_LEVEL": "error"}
         child = subprocess.Popen(
             words, env=quiet, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
         self.children.append(child)
-        _await(lambda: self._in_right("wg", "show", "wg0"))
+        _await(lambda: self._in_right("wg", "show", self.interface))
         lines = ["[Interface]", f"PrivateKey = {_text(private_key)}", "[Peer]"]
         lines += [f"PublicKey = {_text(our_public_key)}", f"AllowedIPs = {OURS}/128"]
         if preshared_key is not None:
@@ -93,10 +95,10 @@ class Lab:
         if endpoint is not None:
             lines.append(f"Endpoint = {endpoint[0]}:{endpoint[1]}")
         inside = ("ip", "netns", "exec", self.right)
-        run(*inside, "wg", "setconf", "wg0", "/dev/stdin", stdin="\n".join(lines) + "\n")
-        run(*inside, "ip", "address", "add", f"{THEIRS}/64", "dev", "wg0", "nodad")
-        run(*inside, "ip", "link", "set", "wg0", "mtu", str(mtu), "up")
-        return int(run(*inside, "wg", "show", "wg0", "listen-port"))
+        run(*inside, "wg", "setconf", self.interface, "/dev/stdin", stdin="\n".join(lines) + "\n")
+        run(*inside, "ip", "address", "add", f"{THEIRS}/64", "dev", self.interface, "nodad")
+        run(*inside, "ip", "link", "set", self.interface, "mtu", str(mtu), "up")
+        return int(run(*inside, "wg", "show", self.interface, "listen-port"))
 
     def _in_right(self, *words: str) -> bool:
         command = ["ip", "netns", "exec", self.right, *words]

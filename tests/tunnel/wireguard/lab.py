@@ -142,6 +142,15 @@ class Duo:
         self.exchange()
 
 
+def connected(**settings: Any) -> Duo:
+    """A pair with a session, of which nothing has been told."""
+    duo = Duo(**settings)
+    duo.connect()
+    duo.told.clear()
+    duo.right.events()
+    return duo
+
+
 def kinds(datagrams: list[Datagrams]) -> list[int]:
     """The message types of what was sent, a train counting once."""
     return [each.octets[0] for each in datagrams]

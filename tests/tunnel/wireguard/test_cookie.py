@@ -3,7 +3,7 @@
 from ipaddress import IPv6Address
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from builder_orch.tunnel.machine import Rejected
@@ -114,6 +114,7 @@ def test_a_reply_answers_one_message_only() -> None:
         jar.keep(reply, 3.0)
 
 
+@settings(deadline=None)
 @given(st.binary(min_size=24, max_size=24), st.binary(min_size=32, max_size=32))
 def test_forged_replies_leave_the_jar_as_it_was(nonce: bytes, sealed: bytes) -> None:
     jar, door = pair()

@@ -20,6 +20,7 @@ INDEX = st.integers(0, 2**32 - 1)
 MACS = bytes(32)
 
 
+@settings(deadline=None)
 @given(INDEX, st.binary(min_size=108, max_size=108))
 def test_initiation_comes_back(sender: int, noise: bytes) -> None:
     message = Initiation(sender, noise)
@@ -29,6 +30,7 @@ def test_initiation_comes_back(sender: int, noise: bytes) -> None:
     assert Initiation.parse(octets) == message
 
 
+@settings(deadline=None)
 @given(INDEX, INDEX, st.binary(min_size=48, max_size=48))
 def test_response_comes_back(sender: int, receiver: int, noise: bytes) -> None:
     message = Response(sender, receiver, noise)
@@ -38,6 +40,7 @@ def test_response_comes_back(sender: int, receiver: int, noise: bytes) -> None:
     assert Response.parse(octets) == message
 
 
+@settings(deadline=None)
 @given(INDEX, st.binary(min_size=24, max_size=24), st.binary(min_size=32, max_size=32))
 def test_cookie_reply_comes_back(receiver: int, nonce: bytes, sealed: bytes) -> None:
     message = CookieReply(receiver, nonce, sealed)
@@ -77,16 +80,15 @@ def test_reserved_octets_must_be_zero(place: int) -> None:
 
 
 SHAPED = st.builds(
-    lambda kind, rest: bytes([kind, 0, 0, 0]) + rest,
+    lambda kind, size, rest: (bytes([kind, 0, 0, 0]) + rest).ljust(size, b"\x5a")[:size],
     st.integers(0, 6),
-    st.sampled_from([0, 12, 28, 59, 60, 61, 88, 143, 144, 145]).flatmap(
-        lambda size: st.binary(min_size=size, max_size=size)
-    ),
+    st.sampled_from([4, 31, 32, 63, 64, 65, 91, 92, 93, 147, 148, 149]),
+    st.binary(max_size=60),
 )
 
 
-@settings(max_examples=3000, deadline=None)
-@given(st.binary(max_size=160) | SHAPED)
+@settings(max_examples=3500, deadline=None)
+@given(st.binary(max_size=60) | SHAPED)
 def test_garbage_is_malformed_or_one_of_the_messages(octets: bytes) -> None:
     taken = 0
     for parse in (Initiation.parse, Response.parse, CookieReply.parse):

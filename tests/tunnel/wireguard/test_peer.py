@@ -1,18 +1,17 @@
-"""The timers of the paper as stories on a clock that jumps."""
+"""One peer: key slots, staging, settings, indices and what it tells."""
 
 from dataclasses import replace
-from itertools import pairwise
+from itertools import cycle
 
 import pytest
 
 from builder_orch.tunnel.wireguard.interface import (
     EndpointMoved,
-    HandshakeGaveUp,
     HandshakeStarted,
     Interface,
     SessionStarted,
 )
-from builder_orch.tunnel.wireguard.message import INITIATION, TRANSPORT
+from builder_orch.tunnel.wireguard.message import INITIATION, RESPONSE, TRANSPORT
 from builder_orch.tunnel.wireguard.peer import STAGED_PACKETS, trains
 from builder_orch.tunnel.wireguard.session import Session
 from builder_orch.tunnel.wireguard.timers import REJECT_AFTER_MESSAGES, REKEY_AFTER_MESSAGES
@@ -20,10 +19,12 @@ from tests.tunnel.wireguard.lab import (
     EPOCH,
     LEFT_AT,
     LEFT_HOST,
+    LEFT_NET,
     MTU,
     RIGHT_AT,
     RIGHT_HOST,
     Duo,
+    connected,
     cut,
     dice,
     kinds,
@@ -31,16 +32,6 @@ from tests.tunnel.wireguard.lab import (
     private_key,
     reply,
 )
-
-DAY = 24 * 3600.0
-
-
-def connected(**settings: object) -> Duo:
-    duo = Duo(**settings)  # type: ignore[arg-type]
-    duo.connect()
-    duo.told.clear()
-    duo.right.events()
-    return duo
 
 
 def test_the_first_packet_waits_for_the_handshake_and_then_goes() -> None:
@@ -111,183 +102,6 @@ def test_packets_of_the_session_before_are_still_taken() -> None:
     assert duo.right.receive(slow.octets, slow.segment, LEFT_AT, duo.now) == [packet(b"slow")]
 
 
-def test_the_initiator_that_sends_asks_for_new_keys_at_120_seconds() -> None:
-    duo = connected()
-    born = duo.now
-    duo.at(born + 119.9).left.send([packet()], duo.now)
-    assert kinds(duo.fetch(duo.left)) == [TRANSPORT]
-    duo.at(born + 120).left.send([packet()], duo.now)
-    assert kinds(duo.fetch(duo.left)) == [TRANSPORT, INITIATION]
-    duo.left.send([packet()], duo.now)
-    assert kinds(duo.fetch(duo.left)) == [TRANSPORT], "one is under way"
-
-
-@pytest.mark.parametrize("age", [121, 166, 179])
-def test_the_responder_never_asks_for_new_keys_by_age(age: float) -> None:
-    duo = connected()
-    duo.at(duo.now + age).left.send([packet()], duo.now)
-    (data, _) = duo.fetch(duo.left)
-    duo.right.receive(data.octets, data.segment, LEFT_AT, duo.now)
-    duo.right.send([reply()], duo.now)
-    assert kinds(duo.fetch(duo.right)) == [TRANSPORT]
-
-
-@pytest.mark.parametrize(("age", "asked"), [(119, []), (164.9, []), (165, [INITIATION])])
-def test_the_initiator_that_only_receives_asks_in_the_last_minute(
-    age: float, asked: list[int]
-) -> None:
-    duo = connected()
-    duo.at(duo.now + age)
-    for _ in range(3):
-        duo.right.send([reply()], duo.now)
-        (data,) = duo.fetch(duo.right)
-        assert duo.left.receive(data.octets, data.segment, RIGHT_AT, duo.now) == [reply()]
-    assert kinds(duo.fetch(duo.left)) == asked, "once"
-
-
-def test_nobody_sends_on_a_session_of_180_seconds() -> None:
-    duo = connected()
-    born = duo.now
-    duo.left.transmit(born + 179.9)
-    assert duo.left.has_session(RIGHT_HOST)
-    duo.at(born + 180).left.send([packet()], duo.now)
-    assert not duo.left.has_session(RIGHT_HOST)
-    assert kinds(duo.fetch(duo.left)) == [INITIATION]
-
-
-def test_has_session_turns_false_by_itself() -> None:
-    duo = connected()
-    while duo.left.has_session(RIGHT_HOST):
-        deadline = duo.left.deadline()
-        assert deadline is not None
-        assert deadline <= 1000.0 + 180
-        duo.at(deadline).fetch(duo.left)
-    assert duo.now == 1000.0 + 180
-
-
-def test_a_packet_on_a_session_of_180_seconds_is_refused() -> None:
-    duo = connected()
-    duo.at(duo.now + 179.9).left.send([packet()], duo.now)
-    data = duo.fetch(duo.left)[0]
-    duo.at(duo.now + 0.2)
-    assert duo.right.receive(data.octets, data.segment, LEFT_AT, duo.now) == []
-    assert duo.right.drops == {"session expired": 1}
-
-
-def test_keys_are_forgotten_540_seconds_after_the_last_handshake() -> None:
-    duo = connected()
-    duo.left.send([packet()], duo.now)
-    (data,) = duo.fetch(duo.left)
-    deadlines = []
-    while (deadline := duo.right.deadline()) is not None:
-        deadlines.append(deadline)
-        assert duo.at(deadline).fetch(duo.right) == []
-    assert deadlines[-1] == 1000.0 + 540
-    assert duo.right.receive(data.octets, data.segment, LEFT_AT, duo.now) == []
-    assert duo.right.drops == {"unknown index": 1}
-
-
-def test_a_passive_keepalive_follows_data_that_was_not_answered() -> None:
-    duo = connected()
-    start = duo.now
-    duo.left.send([packet()], duo.now)
-    duo.exchange()
-    assert duo.at(start + 9.9).fetch(duo.right) == []
-    (keepalive,) = duo.at(start + 10).fetch(duo.right)
-    assert len(keepalive.octets) == 32
-    # A keepalive is no data: it provokes none in return.
-    assert duo.left.receive(keepalive.octets, keepalive.segment, RIGHT_AT, duo.now) == []
-    assert duo.at(start + 30).fetch(duo.left) == []
-    assert duo.fetch(duo.right) == []
-
-
-def test_data_after_data_earns_a_second_keepalive() -> None:
-    duo = connected()
-    start = duo.now
-    for wait_s in (0, 4):
-        duo.at(start + wait_s).left.send([packet()], duo.now)
-        duo.exchange()
-    assert len(duo.at(start + 10).fetch(duo.right)) == 1
-    assert duo.at(start + 19.9).fetch(duo.right) == []
-    assert len(duo.at(start + 20).fetch(duo.right)) == 1
-    assert duo.at(start + 40).fetch(duo.right) == []
-
-
-def test_an_answer_makes_the_keepalive_needless() -> None:
-    duo = connected()
-    duo.left.send([packet()], duo.now)
-    duo.exchange()
-    duo.at(duo.now + 5).right.send([reply()], duo.now)
-    duo.fetch(duo.right)
-    assert duo.at(duo.now + 6).fetch(duo.right) == []
-
-
-def test_silence_after_data_calls_for_a_new_handshake_after_15_seconds() -> None:
-    duo = connected()
-    start = duo.now
-    duo.left.send([packet()], duo.now)
-    duo.fetch(duo.left)
-    assert duo.at(start + 14.999).fetch(duo.left) == []
-    assert kinds(duo.at(start + 15.334).fetch(duo.left)) == [INITIATION]
-
-
-def test_an_authentic_answer_calms_it() -> None:
-    duo = connected()
-    duo.left.send([packet()], duo.now)
-    duo.exchange()
-    duo.run(duo.now + 100)
-    assert duo.told == []
-
-
-def unanswered(duo: Duo) -> list[float]:
-    """When initiations go out until nothing is due any more."""
-    at = [duo.now for kind in kinds(duo.fetch(duo.left)) if kind == INITIATION]
-    while (deadline := duo.left.deadline()) is not None:
-        sent = duo.at(deadline).fetch(duo.left)
-        at += [duo.now for kind in kinds(sent) if kind == INITIATION]
-    return at
-
-
-def test_an_unanswered_handshake_is_repeated_given_up_and_begun_anew() -> None:
-    duo = Duo()
-    start = duo.now
-    duo.left.send([packet(b"lost")], duo.now)
-    at = unanswered(duo)
-    assert len(at) == 20
-    waits = [later - earlier for earlier, later in pairwise(at)]
-    assert all(5.0 <= wait <= 5.334 for wait in waits)
-    assert len(set(waits)) > 10, "retries are jittered"
-    *started, gave_up = duo.left.events()
-    key = duo.right.public_key
-    assert started == [HandshakeStarted(key, number, RIGHT_AT) for number in range(1, 21)]
-    assert isinstance(gave_up, HandshakeGaveUp)
-    assert gave_up.attempts == 20
-    assert gave_up.since_s == pytest.approx(duo.now - start)
-    assert 100 <= gave_up.since_s <= 107
-    assert duo.left.drops == {"handshake gave up": 1}
-
-    duo.at(duo.now + 1000).left.send([packet(b"again")], duo.now)
-    assert duo.exchange() == ([], [packet(b"again")])
-
-
-@pytest.mark.parametrize("how", ["send", "summon"])
-def test_asking_again_while_one_is_under_way_changes_nothing(how: str) -> None:
-    duo = Duo()
-    duo.left.summon(RIGHT_HOST, duo.now)
-    duo.fetch(duo.left)
-    for _ in range(1000):
-        duo.at(duo.now + 0.2)
-        if how == "send":
-            duo.left.send([packet()], duo.now)
-        else:
-            duo.left.summon(RIGHT_HOST, duo.now)
-        duo.fetch(duo.left)
-    told = duo.left.events()
-    assert sum(isinstance(event, HandshakeGaveUp) for event in told) == 1
-    # It was given up once, and who still wanted it began anew.
-    assert sum(isinstance(event, HandshakeStarted) for event in told) == pytest.approx(39, abs=2)
-
-
 def test_no_more_than_128_packets_wait_and_the_oldest_go_first() -> None:
     duo = Duo()
     for number in range(STAGED_PACKETS + 10):
@@ -306,6 +120,61 @@ def test_who_has_no_endpoint_cannot_call() -> None:
     assert duo.right.deadline() is None
 
 
+def test_who_answered_a_moment_ago_waits_five_seconds_before_calling_itself() -> None:
+    duo = Duo(mutual=True)
+    duo.left.summon(RIGHT_HOST, duo.now)
+    (call,) = duo.fetch(duo.left)
+    duo.right.receive(call.octets, call.segment, LEFT_AT, duo.now)
+    assert kinds(duo.fetch(duo.right)) == [RESPONSE]
+    # The response is lost, and so left will never confirm; right has something to say meanwhile.
+    duo.right.send([reply(b"waiting")], duo.now)
+    assert duo.fetch(duo.right) == []
+    deadline = duo.right.deadline()
+    assert deadline is not None
+    assert 5.0 <= deadline - duo.now <= 5.334
+    assert kinds(duo.at(deadline).fetch(duo.right)) == [INITIATION]
+
+
+def test_a_packet_that_waits_goes_when_the_new_session_is_confirmed() -> None:
+    duo = Duo(mutual=True)
+    duo.left.summon(RIGHT_HOST, duo.now)
+    (call,) = duo.fetch(duo.left)
+    duo.right.receive(call.octets, call.segment, LEFT_AT, duo.now)
+    duo.right.send([reply(b"waiting")], duo.now)
+    assert duo.exchange() == ([reply(b"waiting")], [])
+    duo.run(duo.now + 14)
+    assert INITIATION not in kinds(duo.fetch(duo.right))
+    assert not duo.right.drops
+
+
+def test_indices_are_given_back() -> None:
+    """With sixteen indices to choose from, a lost one would soon be missed."""
+    numbers = cycle(range(16))
+    plain = dice(4)
+    draws = 0
+
+    def scarce(count: int) -> bytes:
+        nonlocal draws
+        if count != 4:
+            return plain(count)
+        draws += 1
+        assert draws < 3000, "no index is free"
+        return next(numbers).to_bytes(4)
+
+    duo = Duo()
+    duo.right = Interface(private_key(2), mtu=MTU, entropy=scarce, epoch=EPOCH)
+    duo.right.add_peer(duo.to_left, duo.now)
+    for _ in range(100):
+        duo.at(duo.now + 121).left.send([packet()], duo.now)
+        sent = duo.fetch(duo.left)
+        for _ in range(5):
+            for octets, segment, _ in sent:
+                duo.right.receive(octets, segment, LEFT_AT, duo.now)
+        duo.exchange()
+        assert duo.right.has_session(LEFT_HOST)
+    assert duo.right.drops["initiation replayed"] == 400
+
+
 def test_both_sides_may_call_at_the_same_time() -> None:
     duo = Duo(mutual=True)
     duo.left.send([packet(b"there")], duo.now)
@@ -316,67 +185,6 @@ def test_both_sides_may_call_at_the_same_time() -> None:
         duo.left.send([packet(b"there")], duo.now)
         duo.right.send([reply(b"back")], duo.now)
         assert duo.exchange() == ([reply(b"back")], [packet(b"there")])
-    assert not duo.left.drops
-    assert not duo.right.drops
-
-
-def test_a_day_of_idling_costs_no_handshake() -> None:
-    duo = connected()
-    duo.run(duo.now + DAY)
-    assert duo.told == []
-    assert duo.left.deadline() is None
-    assert duo.right.deadline() is None
-
-
-def test_a_day_of_persistent_keepalives_costs_a_handshake_each_125_seconds() -> None:
-    duo = connected(keepalive_s=25.0)
-    duo.run(duo.now + DAY)
-    started = [event for event in duo.told if isinstance(event, SessionStarted)]
-    assert len(started) == pytest.approx(DAY / 125, abs=3)
-    (status,) = duo.left.status(duo.now)
-    assert status.sent_octets >= 32 * (DAY / 25 - 1)
-    assert duo.left.has_session(RIGHT_HOST)
-
-
-def test_persistent_keepalive_begins_at_once_and_never_ends() -> None:
-    duo = Duo(keepalive_s=25.0)
-    assert kinds(duo.fetch(duo.left)) == [INITIATION]
-    # Nobody answers for an hour.
-    while duo.now < 1000.0 + 3600:
-        deadline = duo.left.deadline()
-        assert deadline is not None
-        duo.at(deadline).fetch(duo.left)
-    told = duo.left.events()
-    assert sum(isinstance(event, HandshakeGaveUp) for event in told) > 20
-    duo.run(duo.now + 60)
-    assert duo.left.has_session(RIGHT_HOST)
-
-
-def test_peers_of_the_constructor_begin_their_keepalives_with_the_first_transmit() -> None:
-    duo = Duo()
-    eager = Interface(
-        private_key(9),
-        mtu=MTU,
-        entropy=dice(9),
-        epoch=EPOCH,
-        peers=[replace(duo.to_right, keepalive_s=25.0), replace(duo.to_left, endpoint=None)],
-    )
-    assert kinds(eager.transmit(5.0)) == [INITIATION]
-    deadline = eager.deadline()
-    assert deadline is not None
-    assert 10.0 <= deadline <= 10.334
-
-
-def test_hours_of_data_renew_the_keys_every_two_minutes() -> None:
-    duo = connected()
-    begin = duo.now
-    for second in range(2 * 3600):
-        duo.at(begin + second).left.send([packet(second.to_bytes(4))], duo.now)
-        lefts, rights = duo.exchange()
-        assert rights == [packet(second.to_bytes(4))]
-        assert lefts == []
-    renewed = [event for event in duo.told if isinstance(event, SessionStarted)]
-    assert len(renewed) == pytest.approx(60, abs=1)
     assert not duo.left.drops
     assert not duo.right.drops
 
@@ -428,6 +236,23 @@ def test_new_settings_leave_the_session_alone() -> None:
     duo.left.send([packet(b"on")], duo.now)
     duo.right.send([reply(b"too")], duo.now)
     assert duo.exchange() == ([reply(b"too")], [packet(b"on")])
+
+
+def test_new_settings_take_effect() -> None:
+    duo = connected()
+    moved = ("198.51.100.7", 7)
+    psk = bytes([3]) * 32
+    duo.left.add_peer(replace(duo.to_right, endpoint=moved, preshared_key=psk), duo.now)
+    duo.right.add_peer(replace(duo.to_left, preshared_key=psk), duo.now)
+    duo.at(duo.now + 200).left.send([packet(b"there")], duo.now)
+    (call,) = duo.fetch(duo.left)
+    assert call.endpoint == moved
+    duo.right.receive(call.octets, call.segment, LEFT_AT, duo.now)
+    assert duo.exchange()[1] == [packet(b"there")]
+    assert not duo.left.drops
+    duo.left.add_peer(replace(duo.to_right, allowed=(LEFT_NET,)), duo.now)
+    assert not duo.left.has_session(RIGHT_HOST), "no longer the peer's address"
+    assert duo.left.has_session(LEFT_HOST)
 
 
 def test_a_removed_peer_is_unknown() -> None:

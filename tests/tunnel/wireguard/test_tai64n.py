@@ -1,6 +1,6 @@
 """Timestamps sort like the time and tell no more than 16.8 ms."""
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from builder_orch.tunnel.wireguard.tai64n import TICK_S, after, stamp
@@ -13,6 +13,7 @@ def test_the_epoch_and_a_known_time() -> None:
     assert stamp(1.5).hex() == "400000000000000b" + (29 << 24).to_bytes(4).hex()
 
 
+@settings(deadline=None)
 @given(TIMES, TIMES)
 def test_stamps_sort_like_times(one: float, other: float) -> None:
     first, second = sorted((one, other))
@@ -21,6 +22,7 @@ def test_stamps_sort_like_times(one: float, other: float) -> None:
         assert stamp(first) < stamp(second)
 
 
+@settings(deadline=None)
 @given(TIMES)
 def test_nanoseconds_are_whitened(wall: float) -> None:
     nanoseconds = int.from_bytes(stamp(wall)[8:])
@@ -28,6 +30,7 @@ def test_nanoseconds_are_whitened(wall: float) -> None:
     assert nanoseconds < 10**9
 
 
+@settings(deadline=None)
 @given(TIMES)
 def test_after_is_the_next_tick(wall: float) -> None:
     earlier = stamp(wall)

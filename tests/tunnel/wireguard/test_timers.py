@@ -1,6 +1,6 @@
 """Timers as a table, and the agenda over many of them."""
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from builder_orch.tunnel.wireguard.timers import Agenda, Timer, Timers, jitter
@@ -31,6 +31,7 @@ def test_setting_replaces_and_stopping_removes() -> None:
     assert timers.take_due(1e9) is None
 
 
+@settings(deadline=None)
 @given(st.binary(min_size=4, max_size=4))
 def test_jitter_stays_within_a_third_of_a_second(octets: bytes) -> None:
     assert 0 <= jitter(lambda count: octets[:count]) <= 0.333
@@ -46,6 +47,7 @@ class Wish:
         return self.at
 
 
+@settings(deadline=None)
 @given(
     st.lists(
         st.tuples(
