@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+ROOT = Path(__file__).parents[2]
 CLONE_NEWNET = 0x40000000
 OUR_HOST, THEIR_HOST = "192.0.2.1", "192.0.2.2"
 OURS, THEIRS = IPv6Address("fdaa:0:9::2"), IPv6Address("fdaa:0:9::3")
@@ -68,6 +69,13 @@ class Lab:
         """Run a Python program in the right namespace; it is ended with the laboratory."""
         words = ["ip", "netns", "exec", self.right, sys.executable, "-c", program, *arguments]
         child = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self.children.append(child)
+        return child
+
+    def module(self, name: str, *arguments: str) -> "subprocess.Popen[bytes]":
+        """Run a module of the tests in the right namespace, likewise."""
+        words = ["ip", "netns", "exec", self.right, sys.executable, "-m", name, *arguments]
+        child = subprocess.Popen(words, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         self.children.append(child)
         return child
 
