@@ -1,4 +1,4 @@
-"""Two machines, two wires, one clock that jumps from event to event.
+"""Two machines, two wires, and clocks that jump from event to event.
 
 Everything is decided by seeds, so a failure repeats; its seed is added to the error. `Pair` joins
 any two nodes that take and give trains of packets (`Stack` is one as it is; others need an adapter
@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from heapq import heappop, heappush
 from itertools import count
+from math import ceil
 from random import Random
 from typing import Protocol
 
@@ -17,6 +18,8 @@ from builder_orch.tunnel.machine import Train
 
 MAX_STEPS = 2_000_000
 BLOCK = 1 << 16
+BLOCKS = 160
+"""How many are remembered: what writer and reader are apart."""
 
 
 class Node(Protocol):
@@ -37,14 +40,26 @@ class Weather:
     burst: float = 0.0
     """Probability that a burst of losses begins."""
     burst_s: float = 0.005
+    turns_bad: float = 0.0
+    """Gilbert and Elliott: per packet, the probability that good times end,"""
+    turns_good: float = 0.1
+    """that bad times end,"""
+    bad_loss: float = 0.5
+    """and what gets lost in bad times."""
+    corrupt: float = 0.0
+    """One bit of the packet arrives wrong; whoever is below the node has to notice."""
     reorder: float = 0.0
     reorder_s: float = 0.005
-    """How much later a reordered packet arrives."""
+    """How much later a reordered packet arrives at most."""
+    reorder_from_s: float | None = None
+    """And at least; None for exactly `reorder_s`."""
     duplicate: float = 0.0
     rate: float | None = None
     queue: int = 1 << 18
     """Octets that may wait for a wire with a rate; more are dropped."""
     mtu: int = 65_535
+    nat_s: float | None = None
+    """What comes the other way is lost when nothing went this way for so long."""
 
 
 class Wire:
@@ -55,6 +70,10 @@ class Wire:
         self.is_cut = False
         self.carried = 0
         self.lost = 0
+        self.used_at = 0.0
+        self.opposite: Wire | None = None
+        self.too_big: Callable[[bytes, int], bytes] | None = None
+        self._is_bad = False
         self._random = Random(seed)
         self._arrivals: list[tuple[float, int, bytes]] = []
         self._serial = count()
@@ -65,9 +84,15 @@ class Wire:
         """Send one packet; it may get lost."""
         weather = self.weather
         self.carried += 1
-        if self.is_cut or self._loses(now) or len(packet) > weather.mtu:
+        if len(packet) > weather.mtu:
+            self._refuse(packet, now)
+            return
+        self.used_at = now
+        if self.is_cut or self._loses(now) or self._is_forgotten(now):
             self.lost += 1
             return
+        if self._happens(weather.corrupt):
+            packet = self._corrupted(packet)
         leaves = now
         if weather.rate is not None:
             waiting = max(0.0, self._free_at - now) * weather.rate
@@ -80,12 +105,16 @@ class Wire:
             if weather.jitter_s:
                 at += self._random.random() * weather.jitter_s
             if self._happens(weather.reorder):
-                at += weather.reorder_s
+                at += self._lateness()
             heappush(self._arrivals, (at, next(self._serial), packet))
 
     def due(self) -> float | None:
         """When the next packet arrives."""
         return self._arrivals[0][0] if self._arrivals else None
+
+    def waiting(self, now: float) -> float:
+        """How long a packet would wait for the wire now, in seconds."""
+        return max(0.0, self._free_at - now)
 
     def pop(self, now: float) -> list[bytes]:
         """What has arrived."""
@@ -94,10 +123,39 @@ class Wire:
             packets.append(heappop(self._arrivals)[2])
         return packets
 
+    def _lateness(self) -> float:
+        least, most = self.weather.reorder_from_s, self.weather.reorder_s
+        return most if least is None else least + self._random.random() * (most - least)
+
     def _happens(self, probability: float) -> bool:
         return probability > 0 and self._random.random() < probability
 
+    def _refuse(self, packet: bytes, now: float) -> None:
+        """Too big for a router on the way, which may tell."""
+        self.lost += 1
+        if self.too_big is not None and self.opposite is not None:
+            self.opposite.push(self.too_big(packet, self.weather.mtu), now)
+
+    def _is_forgotten(self, now: float) -> bool:
+        """Whether a translator on the way has forgotten whose packets these are."""
+        nat_s = self.opposite.weather.nat_s if self.opposite is not None else None
+        return (
+            nat_s is not None
+            and self.opposite is not None
+            and (now - self.opposite.used_at > nat_s)
+        )
+
+    def _corrupted(self, packet: bytes) -> bytes:
+        wrong = bytearray(packet)
+        wrong[self._random.randrange(len(wrong))] ^= 1 << self._random.randrange(8)
+        return bytes(wrong)
+
     def _loses(self, now: float) -> bool:
+        weather = self.weather
+        if weather.turns_bad:
+            self._is_bad ^= self._happens(weather.turns_good if self._is_bad else weather.turns_bad)
+            if self._is_bad and self._happens(weather.bad_loss):
+                return True
         if self._happens(self.weather.burst):
             self._burst_until = now + self.weather.burst_s
         return now < self._burst_until or self._happens(self.weather.loss)
@@ -119,6 +177,7 @@ class Pair:
         back: Weather | None = None,
         actor: Callable[[], None] = lambda: None,
         invariant: Callable[[], None] = lambda: None,
+        grain_s: float = 0.0,
     ) -> None:
         weather = weather or Weather()
         self.now = 0.0
@@ -126,9 +185,37 @@ class Pair:
         self.left, self.right = left, right
         self.there = Wire(weather, seed * 2 + 1)
         self.back = Wire(back or weather, seed * 2 + 2)
+        self.there.opposite, self.back.opposite = self.back, self.there
+        self.wall_offset = 0.0
         self.actor = actor
         self.invariant = invariant
+        self.grain_s = grain_s
         self.steps = 0
+
+    @property
+    def wall(self) -> float:
+        """What the clock on the wall says; `now` counts from boot and only goes forward."""
+        return self.now + self.wall_offset
+
+    def set_wall(self, time: float) -> None:
+        """Somebody sets the clock."""
+        self.wall_offset = time - self.now
+
+    def suspend(self, seconds: float) -> None:
+        """The left machine sleeps: its timers do not go off, what is sent to it is lost."""
+        end = self.now + seconds
+        while True:
+            times = (self._wakes(self.right), self.there.due(), self.back.due())
+            at = min((at for at in times if at is not None), default=end)
+            if at >= end:
+                break
+            self.now = max(self.now, at)
+            self.back.pop(self.now)
+            if packets := self.there.pop(self.now):
+                self.right.receive(packets, self.now)
+            self._drain(self.right, self.back)
+        self.now = end
+        self.pump()
 
     def pump(self) -> None:
         """Let the applications act and both nodes send what they want to send now."""
@@ -139,7 +226,8 @@ class Pair:
 
     def next_event(self) -> float | None:
         """When something will happen."""
-        times = (self.left.deadline(), self.right.deadline(), self.there.due(), self.back.due())
+        left, right = self._wakes(self.left), self._wakes(self.right)
+        times = (left, right, self.there.due(), self.back.due())
         return min((at for at in times if at is not None), default=None)
 
     def step(self) -> bool:
@@ -179,6 +267,11 @@ class Pair:
         self.now = end
         self.pump()
 
+    def _wakes(self, node: Node) -> float | None:
+        """When its timer goes off: timers are only `grain_s` exact, and late rather than early."""
+        at = node.deadline()
+        return at if at is None or not self.grain_s else ceil(at / self.grain_s) * self.grain_s
+
     def _drain(self, node: Node, wire: Wire) -> None:
         for train in node.transmit(self.now):
             assert train, "an empty train"
@@ -196,8 +289,7 @@ class Stream:
     def __init__(self, name: str, length: int) -> None:
         self.length = length
         self._name = name
-        self._number = -1
-        self._block = b""
+        self._blocks: dict[int, bytes] = {}
 
     def octets(self, start: int, size: int) -> bytes:
         """[start, start + size), cut at the stream's end."""
@@ -205,12 +297,17 @@ class Stream:
         parts = []
         while start < end:
             number, offset = divmod(start, BLOCK)
-            if number != self._number:
-                self._number = number
-                self._block = Random(f"{self._name} {number}").randbytes(BLOCK)
-            parts.append(self._block[offset : offset + end - start])
+            parts.append(self._block(number)[offset : offset + end - start])
             start += len(parts[-1])
         return b"".join(parts)
+
+    def _block(self, number: int) -> bytes:
+        block = self._blocks.get(number)
+        if block is None:
+            if len(self._blocks) >= BLOCKS:
+                del self._blocks[next(iter(self._blocks))]
+            block = self._blocks[number] = Random(f"{self._name} {number}").randbytes(BLOCK)
+        return block
 
     def check(self, start: int, data: bytes) -> None:
         """Assert that `data` is what belongs at `start`."""

@@ -6,7 +6,7 @@ its chunk each time it is sent and not kept, so there is nothing that could be c
 
 from bisect import bisect_right
 
-from builder_orch.tunnel.ipv6.segment import ACK, FIN, PACKET_OVERHEAD, PSH, Template
+from builder_orch.tunnel.ipv6.segment import ACK, FIN, PSH, Template
 from builder_orch.tunnel.ipv6.train import couple, train_limit
 from builder_orch.tunnel.machine import Train
 
@@ -53,7 +53,7 @@ class Outbox:
         """Packets for [start, stop): full ones of `size`, perhaps a shorter one, perhaps a FIN."""
         end = min(stop, self.end)
         index = bisect_right(self._starts, start) - 1
-        limit = train_limit(size + PACKET_OVERHEAD)
+        limit = train_limit(size + self._template.overhead)
         at = start
         while at < end:
             chunk = self._chunks[index]

@@ -5,7 +5,11 @@ from collections import deque
 from builder_orch.tunnel.ipv6.assembler import Assembler
 from builder_orch.tunnel.ipv6.segment import Blocks
 
-CAPACITY = 4 << 20
+CAPACITY = 8 << 20
+"""How far the window may grow."""
+FIRST_WINDOW = 1 << 20
+LEAST_RTT = 0.01
+"""Stacks in user space answer late under load: the window covers at least this much time."""
 DELAYED_ACK = 0.04
 MAX_PIECES = 8192
 """A queue of more pieces is joined, so that one-octet segments do not cost a hundred each."""
@@ -29,21 +33,27 @@ class Receiver:
         "_capacity",
         "_duplicate",
         "_full",
+        "_limit",
         "_pieces",
+        "_round_at",
+        "_round_ends",
+        "_round_from",
         "_unacked",
         "ack_at",
         "ack_now",
         "edge",
         "fin_at",
         "finished",
+        "last_ack",
         "nxt",
         "readable",
         "received",
+        "rtt",
         "scale",
     )
 
     def __init__(self, nxt: int, mss: int, capacity: int = CAPACITY) -> None:
-        self.nxt = nxt
+        self.nxt = self.last_ack = nxt
         self.scale = 0
         self.edge = nxt
         self.readable = 0
@@ -52,7 +62,11 @@ class Receiver:
         self.finished = False
         self.ack_now = False
         self.ack_at: float | None = None
+        self.rtt: float | None = None
         self._capacity = capacity
+        self._limit = min(capacity, FIRST_WINDOW)
+        self._round_at = 0.0
+        self._round_ends = self._round_from = nxt
         self._pieces: deque[bytes] = deque()
         self._at_head = 0
         self._assembler = Assembler()
@@ -81,6 +95,8 @@ class Receiver:
             self.ack_now = True
         elif self.ack_at is None:
             self.ack_at = now + DELAYED_ACK
+        if self.nxt >= self._round_ends:
+            self._end_round(now)
         if len(self._pieces) > MAX_PIECES:
             self._join()
 
@@ -147,7 +163,7 @@ class Receiver:
 
     def window(self) -> int:
         """The field to send now: never retreating, nor moving less than a segment (§3.8.6.2.2)."""
-        offer = self.nxt + max(0, self._capacity - self.readable)
+        offer = self.nxt + max(0, self._limit - self.readable)
         if offer - self.edge < min(self._full, self._capacity // 2):
             offer = self.edge
         field = min((offer - self.nxt) >> self.scale, 0xFFFF)
@@ -158,6 +174,7 @@ class Receiver:
     def announced(self, field: int) -> None:
         """A segment with the current acknowledgement and this window field goes out."""
         self.edge = max(self.edge, self.nxt + (field << self.scale))
+        self.last_ack = self.nxt
         self.ack_now = False
         self.ack_at = None
         self._unacked = 0
@@ -166,7 +183,7 @@ class Receiver:
     def update_due(self) -> bool:
         """Whether the window has grown enough since it was last offered to say so unasked."""
         remaining = self.edge - self.nxt
-        offer = self._capacity - self.readable
+        offer = self._limit - self.readable
         step = min(2 * self._full, self._capacity // 2)
         return offer - remaining >= step and offer >= 2 * remaining
 
@@ -179,11 +196,11 @@ class Receiver:
         """Whether an acknowledgement has more to tell than a number."""
         return bool(self._assembler) or self._duplicate is not None
 
-    def blocks(self) -> Blocks:
+    def blocks(self, limit: int = MAX_BLOCKS) -> Blocks:
         """The SACK blocks to send; a duplicate that just came goes first (RFC 2883)."""
         if self._duplicate is None:
-            return self._assembler.blocks(MAX_BLOCKS)
-        return (self._duplicate, *self._assembler.blocks(MAX_BLOCKS - 1))
+            return self._assembler.blocks(limit)
+        return (self._duplicate, *self._assembler.blocks(limit - 1))
 
     def _take_assembled(self, now: float) -> None:
         pieces = self._assembler.take(self.nxt)
@@ -194,6 +211,16 @@ class Receiver:
             self.finished = True
             self.nxt += 1
             self.ack_now = True
+
+    def _end_round(self, now: float) -> None:
+        """A whole window has come: let it hold twice what comes in a round trip, never less."""
+        rtt = max(self.rtt or now - self._round_at, LEAST_RTT)
+        wanted = 2 * (self.nxt - self._round_from) * rtt / max(now - self._round_at, rtt)
+        if wanted > self._limit and self._round_at:
+            self._limit = min(self._capacity, int(wanted))
+        self._round_at = now
+        self._round_from = self.nxt
+        self._round_ends = self.edge
 
     def _join(self) -> None:
         head = self._pieces[0][self._at_head :]

@@ -16,13 +16,15 @@ DUP_THRESH = 3
 SPREAD_FOR = 16
 """For how many recoveries a wider tolerance is kept."""
 MAX_SPREAD = 64
+PROVEN_TOLERANCE = 0.05
+"""As far as duplicates prove that reordering takes longer than a round trip, seconds."""
 TIMER_GRAIN = 1e-6
 
 _start = attrgetter("start")
 
 
 class Run:
-    """Octets [start, end) sent at `sent_at`; the last four are the connection's state by then."""
+    """Octets [start, end) sent at `sent_at`; the last six are the connection's state by then."""
 
     __slots__ = (
         "app_limited",
@@ -30,6 +32,8 @@ class Run:
         "delivered_at",
         "end",
         "first_sent_at",
+        "flight",
+        "losses",
         "lost",
         "resent",
         "sacked",
@@ -48,6 +52,8 @@ class Run:
         self.delivered_at = 0.0
         self.first_sent_at = 0.0
         self.app_limited = False
+        self.flight = 0
+        self.losses = 0
 
     def cut(self, at: int) -> "Run":
         """Keep [start, at) and return a run with the same past for the rest."""
@@ -55,6 +61,7 @@ class Run:
         rest.sacked, rest.lost, rest.resent = self.sacked, self.lost, self.resent
         rest.delivered, rest.delivered_at = self.delivered, self.delivered_at
         rest.first_sent_at, rest.app_limited = self.first_sent_at, self.app_limited
+        rest.flight, rest.losses = self.flight, self.losses
         self.end = at
         return rest
 
@@ -63,7 +70,8 @@ class Scoreboard:
     """The runs in flight, RACK's view of time (RFC 8985 §6), and one acknowledgement's samples.
 
     Octets are in one of three sums: `in_flight` (the pipe of RFC 6675), `sacked` or `lost`.
-    `delivered` only grows. `rtt`, `newly`, `needless` (sent twice, but the first copy arrived) and
+    `delivered` only grows; `losses` counts what RACK found lost and nothing proved to have arrived
+    after all. `rtt`, `newly`, `needless` (sent twice, but the first copy arrived) and
     `newest` are about the acknowledgement begun last.
     """
 
@@ -82,6 +90,7 @@ class Scoreboard:
         "delivered",
         "delivered_at",
         "in_flight",
+        "losses",
         "lost",
         "needless",
         "newest",
@@ -97,6 +106,7 @@ class Scoreboard:
         self.in_flight = 0
         self.sacked = 0
         self.lost = 0
+        self.losses = 0
         self.delivered = 0
         self.delivered_at = 0.0
         self.reordering = False
@@ -109,7 +119,7 @@ class Scoreboard:
         self._rack_resent = False
         self._fack = 0
         self._first_sent_at = 0.0
-        self._limited_until = 0
+        self._limited_until = -1
         self._fastest = inf
         self._repaired = False
         self._round_end = 0
@@ -127,6 +137,7 @@ class Scoreboard:
             last = runs[-1]
             if last.sent_at == now and not (last.resent or last.sacked or last.lost):
                 last.end = end
+                last.flight = self.in_flight
                 return
         run = Run(start, end, now)
         self._stamp(run)
@@ -153,9 +164,6 @@ class Scoreboard:
         self.newest = None
         self._fastest = inf
         self._repaired = False
-        self._round_end = 0
-        self._spread = 1
-        self._spread_for = 0
 
     def acknowledge(self, una: int, now: float, min_rtt: float) -> None:
         """Everything before `una` has been acknowledged for good."""
@@ -220,7 +228,7 @@ class Scoreboard:
         """How much reordering in time to allow for: RACK.reo_wnd in seconds."""
         if not self.reordering and (recovering or self.sacked >= DUP_THRESH * mss):
             return 0.0
-        return min(self._spread * min_rtt / 4, srtt)
+        return min(self._spread * min_rtt / 4, max(srtt, PROVEN_TOLERANCE))
 
     def detect_losses(self, now: float, window: float) -> float | None:
         """Mark as lost what was sent long enough before something delivered (RFC 8985 §6.2).
@@ -241,6 +249,7 @@ class Scoreboard:
             remaining = run.sent_at - limit
             if remaining <= TIMER_GRAIN:
                 self._lose(run)
+                self.losses += run.end - run.start
             else:
                 wait = max(wait, remaining)
         return wait or None
@@ -290,24 +299,27 @@ class Scoreboard:
         """
         return None if self._repaired or self._fastest == inf else self._fastest
 
-    def rate(self, now: float) -> tuple[float | None, bool]:
-        """Delivery rate of the acknowledgement begun last, octets per second, and if app-limited.
+    def rate(self, now: float, min_rtt: float) -> float | None:
+        """Delivery rate of the acknowledgement begun last, octets per second.
 
-        draft-ietf-ccwg-bbr §4.1: the slower of the rate sent and the rate acknowledged.
+        draft-ietf-ccwg-bbr §4.1: the slower of the rate sent and the rate acknowledged; nothing
+        can be said of less than a round trip.
         """
         run = self.newest
         if run is None:
-            return None, False
+            return None
         interval = max(run.sent_at - run.first_sent_at, now - run.delivered_at)
-        if interval <= 0:
-            return None, run.app_limited
-        return (self.delivered - run.delivered) / interval, run.app_limited
+        if interval <= 0 or interval < min_rtt:
+            return None
+        return (self.delivered - run.delivered) / interval
 
     def _stamp(self, run: Run) -> None:
         run.delivered = self.delivered
         run.delivered_at = self.delivered_at
         run.first_sent_at = self._first_sent_at
-        run.app_limited = self.delivered < self._limited_until
+        run.app_limited = self.delivered <= self._limited_until
+        run.flight = self.in_flight
+        run.losses = self.losses
 
     def _lose(self, run: Run) -> None:
         length = run.end - run.start
@@ -320,6 +332,7 @@ class Scoreboard:
         length = end - start
         if run.lost:
             self.lost -= length
+            self.losses = max(0, self.losses - length)
         else:
             self.in_flight -= length
         self.delivered += length
@@ -330,6 +343,7 @@ class Scoreboard:
             self._repaired = True
             if elapsed < min_rtt:
                 self.needless += length  # too early to be about the second copy
+                self.losses = max(0, self.losses - length)
                 self.reordering = True
                 return
         else:
@@ -337,8 +351,9 @@ class Scoreboard:
                 self.reordering = True
             self._fastest = min(self._fastest, elapsed)
         self._fack = max(self._fack, end)
-        self.newest = run
-        self._first_sent_at = run.sent_at
+        if self.newest is None or run.sent_at >= self.newest.sent_at:
+            self.newest = run
+            self._first_sent_at = run.sent_at
         if (run.sent_at, end) > (self._rack_sent_at, self._rack_end):
             self._rack_sent_at, self._rack_end = run.sent_at, end
             self._rack_resent = run.resent

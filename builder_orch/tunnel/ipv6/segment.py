@@ -33,7 +33,7 @@ DEFAULT_MSS = 1220
 Blocks = tuple[tuple[int, int], ...]
 """SACK blocks: left edge, right edge (exclusive)."""
 
-_END, _NOP, _MSS, _SCALE, _SACK_PERMITTED, _SACK = 0, 1, 2, 3, 4, 5
+_END, _NOP, _MSS, _SCALE, _SACK_PERMITTED, _SACK, _STAMPS = 0, 1, 2, 3, 4, 5, 8
 _TCP = Struct(">HHIIHHHH")
 _IP_START = Struct(">IHBB")
 _HEADERS = Struct(">44sI8sHH")
@@ -56,6 +56,8 @@ class Segment(NamedTuple):
     scale: int | None = None
     sack_permitted: bool = False
     blocks: Blocks = ()
+    stamp: int | None = None
+    """TSval; what it echoes is not used."""
 
     @property
     def length(self) -> int:
@@ -104,6 +106,8 @@ def _with_options(segment: Segment, options: bytes) -> Segment:
             segment = segment._replace(scale=min(value[0], 14))
         elif kind == _SACK_PERMITTED and length == 2:
             segment = segment._replace(sack_permitted=True)
+        elif kind == _STAMPS and length == 10:
+            segment = segment._replace(stamp=int.from_bytes(value[:4], "big"))
     return segment
 
 
@@ -139,18 +143,24 @@ class Run(NamedTuple):
 
 
 def read_run(
-    packets: list[bytes], index: int, nxt: int, una: int, outstanding: int, room: int
+    packets: list[bytes],
+    index: int,
+    nxt: int,
+    una: int,
+    outstanding: int,
+    room: int,
+    overhead: int = PACKET_OVERHEAD,
 ) -> Run | None:
     """Read `packets[index:]` as far as they continue one connection's stream without surprises.
 
-    They share one IPv6 header and their ports, carry ACK or ACK and PSH without options, continue
-    at `nxt` within `room` octets and acknowledge ever more of the `outstanding` octets from `una`,
-    pure acknowledgements at least one octet more. None if not even the first does. The hot loop of
-    every download: 0.5 us a packet.
+    They share one IPv6 header and their ports, carry ACK or ACK and PSH, have the same options in
+    the `overhead` of their headers, continue at `nxt` within `room` octets and acknowledge ever
+    more of the `outstanding` octets from `una`, pure acknowledgements at least one octet more.
+    None if not even the first does. The hot loop of every download: 0.5 us a packet.
     """
     packet = packets[index]
     head, size = packet[4:44], len(packet)
-    length = size - PACKET_OVERHEAD
+    length = size - overhead
     if length < 0 or packet[0] >> 4 != 6:
         return None
     if head[:2] != (size - header.HEADER_LEN).to_bytes(2, "big"):
@@ -160,16 +170,18 @@ def read_run(
     payloads: list[bytes] = []
     acked = octets = window = 0
     begun, count = index, len(packets)
+    plain = overhead - header.HEADER_LEN << 10 | ACK
+    options = packet[PACKET_OVERHEAD:overhead]
     while True:
         seq, ack, bits, offered = _FIELDS(packet, 44)
         advance = (ack - una) & MASK
-        if seq != nxt or bits & ~PSH != PLAIN_ACK or not acked <= advance <= outstanding:
+        if seq != nxt or bits & ~PSH != plain or not acked <= advance <= outstanding:
             break
         if length:
             if octets + length > room:
                 break
             octets += length
-            payloads.append(packet[PACKET_OVERHEAD:])
+            payloads.append(packet[overhead:])
             nxt = (nxt + length) & MASK
         elif advance == acked:
             break  # a duplicate or a window update
@@ -180,18 +192,32 @@ def read_run(
         packet = packets[index]
         if packet[4:44] != head or len(packet) != size:
             break
+        if options and packet[PACKET_OVERHEAD:overhead] != options:
+            break
     return Run(index, payloads, octets, acked, window) if index > begun else None
 
 
 class Template:
-    """Builds the packets of one direction of one connection."""
+    """Builds the packets of one direction of one connection.
 
-    __slots__ = ("_constant", "_tail")
+    `overhead` is how long the headers of its plain packets are, with the option of `stamp`.
+    """
+
+    __slots__ = ("_constant", "_options", "_options_sum", "_tail", "overhead")
 
     def __init__(self, local: Address, remote: Address) -> None:
         ports = local[1].to_bytes(2, "big") + remote[1].to_bytes(2, "big")
         self._tail = local[0] + remote[0] + ports
         self._constant = (header.total(self._tail) % 65535 << 8) + header.TCP
+        self._options = b""
+        self._options_sum = 0
+        self.overhead = PACKET_OVERHEAD
+
+    def stamp(self, option: bytes) -> None:
+        """Every packet from now on carries this option; b"" for none."""
+        self._options = option
+        self._options_sum = header.total(option) % 65535 << 8
+        self.overhead = PACKET_OVERHEAD + len(option)
 
     def segment(
         self,
@@ -203,6 +229,7 @@ class Template:
         options: bytes = b"",
     ) -> bytes:
         """Any one packet; `options` are whole 32-bit words, `window` is the field as it travels."""
+        options = self._options + options
         header_len = TCP_HEADER_LEN + len(options)
         length = header_len + len(payload)
         bits = header_len << 10 | flags
@@ -228,7 +255,7 @@ class Template:
     def train(
         self, chunk: bytes, at: int, size: int, count: int, seq: int, ack: int, window: int
     ) -> list[bytes]:
-        """`count` packets with `size` octets each out of `chunk` from `at`: plain ACK, no options.
+        """`count` packets with `size` octets each out of `chunk` from `at`: ACK and nothing else.
 
         The hot loop of every upload: 2 to 4 us for a full packet, most of it the checksum.
         """
@@ -240,10 +267,12 @@ class Template:
                 self.segment(seq + end - at, ack, ACK, window, chunk[end : end + size])
                 for end in ends
             ]
-        length = TCP_HEADER_LEN + size
+        options = self._options
+        length = self.overhead - header.HEADER_LEN + size
+        bits = self.overhead - header.HEADER_LEN << 10 | ACK
         start = _IP_START.pack(header.VERSION, length, header.TCP, header.HOP_LIMIT) + self._tail
-        middle = _ACK_PART.pack(ack, PLAIN_ACK, window)
-        constant = self._constant + length + ack + PLAIN_ACK + window
+        middle = _ACK_PART.pack(ack, bits, window)
+        constant = self._constant + length + ack + bits + window + self._options_sum
         pack, number = _HEADERS.pack, int.from_bytes
         packets: list[bytes] = []
         append = packets.append
@@ -254,8 +283,7 @@ class Template:
             x = (x >> FOLD_MIDDLE) + (x & MASK_MIDDLE)
             x = (x >> FOLD_SMALL) + (x & MASK_SMALL)
             x = (x >> FOLD_TINY) + (x & MASK_TINY)
-            append(
-                pack(start, seq, middle, 65535 - (constant + seq + (x << 8)) % 65535, 0) + payload
-            )
+            packet = pack(start, seq, middle, 65535 - (constant + seq + (x << 8)) % 65535, 0)
+            append(packet + options + payload if options else packet + payload)
             seq += size
         return packets

@@ -9,6 +9,8 @@ from itertools import count
 
 from builder_orch.tunnel.ipv6 import header, icmp, segment, udp
 from builder_orch.tunnel.ipv6.allowance import Allowance
+from builder_orch.tunnel.ipv6.bbr import Bbr
+from builder_orch.tunnel.ipv6.congestion import Congestion
 from builder_orch.tunnel.ipv6.connection import CONNECT_TIMEOUT, Connection
 from builder_orch.tunnel.ipv6.events import (
     Accepted,
@@ -52,7 +54,8 @@ class Stack:
     `path(remote)` tells whether the layer below can carry packets to that address now. While it is
     False, connections that want to send there are held: nothing is sent, no retransmission timer
     runs, no round trip is measured, and `summons` names the address after each `transmit`.
-    Datagrams and pings are not held; the layer below may stage them.
+    Datagrams and pings are not held; the layer below may stage them. `timestamps` says whether to
+    offer them (RFC 7323); they are taken up from peers in any case.
     """
 
     def __init__(
@@ -63,6 +66,8 @@ class Stack:
         entropy: Entropy,
         path: Callable[[bytes], bool] = always,
         capacity: int = CAPACITY,
+        congestion: Callable[[int], Congestion] = Bbr,
+        timestamps: bool = False,
     ) -> None:
         self.drops: Counter[str] = Counter()
         self._addresses = {address.packed: None for address in addresses}
@@ -70,6 +75,8 @@ class Stack:
         self._entropy = entropy
         self._path = path
         self._capacity = capacity
+        self._congestion = congestion
+        self._timestamps = timestamps
         self._secret = entropy(32)
         self._connections: dict[bytes, Connection] = {}
         self._half_open = 0
@@ -118,6 +125,8 @@ class Stack:
             mtu=self._mtu,
             give_up_at=now + timeout_s,
             capacity=self._capacity,
+            congestion=self._congestion,
+            timestamps=self._timestamps,
         )
         self._connections[_key(remote, ours)] = connection
         self.touch(connection)
@@ -345,6 +354,7 @@ class Stack:
             mtu=self._mtu,
             now=now,
             capacity=self._capacity,
+            congestion=self._congestion,
         )
         self._half_open += 1
         self._connections[_key(theirs, ours)] = connection

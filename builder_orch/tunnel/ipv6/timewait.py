@@ -3,7 +3,7 @@
 from collections import OrderedDict
 
 from builder_orch.tunnel.ipv6.connection import TIME_WAIT, Connection
-from builder_orch.tunnel.ipv6.segment import ACK, FIN, RST, SYN, Segment, Template
+from builder_orch.tunnel.ipv6.segment import ACK, FIN, RST, SYN, Segment
 from builder_orch.tunnel.ipv6.seq import unwrap
 
 MAX_WAITS = 16_384
@@ -14,7 +14,7 @@ class _Wait:
     __slots__ = ("expires_at", "rcv_nxt", "snd_nxt", "template")
 
     def __init__(self, connection: Connection, now: float) -> None:
-        self.template = Template(connection.local, connection.remote)
+        self.template = connection.template
         self.snd_nxt = connection.sender.nxt
         self.rcv_nxt = connection.receiver.nxt
         self.expires_at = now + TIME_WAIT

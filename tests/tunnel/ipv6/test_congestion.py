@@ -2,13 +2,14 @@
 
 import pytest
 
-from builder_orch.tunnel.ipv6.congestion import Cubic, Delivered
+from builder_orch.tunnel.ipv6.congestion import Delivered
+from tests.tunnel.ipv6.cubic import Cubic
 
 MSS = 1000
 
 
 def acked(octets: int, now: float = 0.0, *, limited: bool = True) -> Delivered:
-    return Delivered(now, octets, 0, 0.1, 0.1, None, False, limited, 0)
+    return Delivered(now, octets, 0, 0.1, 0.1, None, False, limited, 0, 0, 0, 0, 0)
 
 
 def avoiding(segments: int) -> Cubic:

@@ -102,7 +102,7 @@ def test_we_read_scapys_segments(scapy: Any) -> None:
     assert header.is_intact(ip.source, ip.destination, header.TCP, packet[ip.offset :])
     got = segment.parse(packet, ip.offset)
     assert got == segment.Segment(
-        50_000, 443, 5, 6, SYN | ACK, 7, b"data", 1234, 9, True, ((10, 20), (30, 40))
+        50_000, 443, 5, 6, SYN | ACK, 7, b"data", 1234, 9, True, ((10, 20), (30, 40)), 123
     )
 
 

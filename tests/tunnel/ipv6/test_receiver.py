@@ -1,5 +1,6 @@
 """The receiving half by itself."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -134,3 +135,43 @@ def test_octets_one_by_one_do_not_make_a_queue_of_thousands() -> None:
     for at in range(2, MAX_PIECES * 2):
         half.accept(at, bytes((at % 256,)), False, 0.0)
     assert half.read(1 << 20) == b"\0" + bytes(at % 256 for at in range(2, MAX_PIECES * 2))
+
+
+# -- how the window grows
+
+
+def fed(rate: float, rtt: float, seconds: float) -> int:
+    """The window after a sender that fills it, but no faster than `rate`, was read at once."""
+    receiver = Receiver(0, 1360, 8 << 20)
+    receiver.scale = scale_for(8 << 20)
+    receiver.rtt = rtt
+    now = 1.0
+    while now < 1.0 + seconds:
+        receiver.announced(receiver.window())
+        octets = min(receiver.edge - receiver.nxt, int(rate * rtt))
+        now += max(rtt, octets / rate)
+        receiver.extend([bytes(octets)], octets, now)
+        receiver.read(octets)
+    return receiver.window() << receiver.scale
+
+
+def test_the_window_grows_to_twice_what_a_round_trip_brings() -> None:
+    assert fed(1e6, 0.1, 10) == pytest.approx(1 << 20, rel=0.01)  # enough as it began
+    assert 3e6 < fed(20e6, 0.1, 10) < 4.5e6
+    assert fed(100e6, 0.1, 10) == 8 << 20
+
+
+def test_the_window_never_shrinks_again() -> None:
+    receiver = Receiver(0, 1360, 8 << 20)
+    receiver.scale = scale_for(8 << 20)
+    receiver.rtt = 0.1
+    now, before = 1.0, 0
+    for rate in (50e6, 50e6, 50e6, 50e6, 1e6, 1e5, 1e6):
+        receiver.announced(receiver.window())
+        octets = min(receiver.edge - receiver.nxt, int(rate * 0.1))
+        now += 0.1
+        receiver.extend([bytes(octets)], octets, now)
+        receiver.read(octets)
+        window = receiver.window() << receiver.scale
+        assert window >= before
+        before = window

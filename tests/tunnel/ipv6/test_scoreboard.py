@@ -176,10 +176,11 @@ def test_the_delivery_rate_is_that_of_the_path() -> None:
     for number in range(10, 50):
         board.begin()
         board.acknowledge((number - 9) * 1000, number / 100 + 0.001, 0.0)
-    rate, limited = board.rate(0.491)
+    rate = board.rate(0.491, 0.01)
     assert rate is not None
     assert 50_000 <= rate <= 101_000
-    assert not limited
+    assert board.newest is not None
+    assert not board.newest.app_limited
 
 
 def test_nonsense_blocks_change_nothing() -> None:

@@ -39,6 +39,7 @@ def test_a_lost_tail_is_probed_after_two_round_trips() -> None:
     script.now += 0.02
     repaired = script.send(ACK, 1, 1, blocks=((3 * MSS + 1, 4 * MSS + 1),))
     repaired += script.wait(0.02)
+    repaired += script.send(ACK, 1, MSS + 1, blocks=((3 * MSS + 1, 4 * MSS + 1),))
     assert [one.seq for one in repaired] == [1, MSS + 1, 2 * MSS + 1]
 
 

@@ -4,14 +4,19 @@ from collections.abc import Callable
 from ipaddress import IPv6Address
 from random import Random
 
+from builder_orch.tunnel.ipv6 import header, icmp
+from builder_orch.tunnel.ipv6.bbr import Bbr
+from builder_orch.tunnel.ipv6.congestion import Congestion
 from builder_orch.tunnel.ipv6.connection import Connection
 from builder_orch.tunnel.ipv6.events import Accepted, Event
 from builder_orch.tunnel.ipv6.stack import Stack, always
 from builder_orch.tunnel.ipv6.state import State
+from builder_orch.tunnel.machine import Malformed, Rejected
 from tests.sim import Pair, Stream, Weather
 
 LEFT = IPv6Address("fd00::1")
 RIGHT = IPv6Address("fd00::2")
+ROUTER = IPv6Address("fd00::77")
 PORT = 80
 
 
@@ -22,10 +27,20 @@ def stack(
     seed: int = 0,
     capacity: int = 4 << 20,
     path: Callable[[bytes], bool] = always,
+    congestion: Callable[[int], Congestion] = Bbr,
+    timestamps: bool = False,
 ) -> Stack:
     """A stack with seeded dice."""
     entropy = Random(f"{address} {seed}").randbytes
-    return Stack([address], mtu=mtu, entropy=entropy, path=path, capacity=capacity)
+    return Stack(
+        [address],
+        mtu=mtu,
+        entropy=entropy,
+        path=path,
+        capacity=capacity,
+        congestion=congestion,
+        timestamps=timestamps,
+    )
 
 
 class Flow:
@@ -50,7 +65,7 @@ class Flow:
         connection = self.connection
         if connection is None:
             return
-        while self.sent < self._out.length:
+        while self.sent < self._out.length and (connection.room() or connection.end):
             taken = connection.write(self._out.octets(self.sent, self._write_size))
             self.sent += taken
             if not taken:
@@ -72,6 +87,33 @@ class Flow:
         )
 
 
+class Sealed:
+    """A stack behind a layer that notices every wrong bit, as the tunnel does; counts them."""
+
+    def __init__(self, inner: Stack) -> None:
+        self.inner = inner
+        self.broken = 0
+        self.transmit = inner.transmit
+        self.deadline = inner.deadline
+
+    def receive(self, packets: list[bytes], now: float) -> None:
+        """Pass on what is intact."""
+        whole = [packet for packet in packets if _is_whole(packet)]
+        self.broken += len(packets) - len(whole)
+        if whole:
+            self.inner.receive(whole, now)
+
+
+def _is_whole(packet: bytes) -> bool:
+    try:
+        ip = header.parse(packet)
+        # What TCP's checksum does not cover has but one legal value here.
+        fixed = packet[:4] == b"\x60\0\0\0" and packet[7] == header.HOP_LIMIT
+    except (Malformed, Rejected):
+        return False
+    return fixed and header.is_intact(ip.source, ip.destination, header.TCP, packet[ip.offset :])
+
+
 class World(Pair):
     """A client on the left, a listener on the right, and the invariants of their connections."""
 
@@ -83,6 +125,8 @@ class World(Pair):
         back: Weather | None = None,
         client: Stack | None = None,
         server: Stack | None = None,
+        grain_s: float = 0.0,
+        sealed: bool = False,
     ) -> None:
         self.client = client or stack(LEFT, seed=seed)
         self.server = server or stack(RIGHT, seed=seed)
@@ -92,14 +136,20 @@ class World(Pair):
         self.flows: list[Flow] = []
         self._edges: dict[Connection, tuple[int, int]] = {}
         super().__init__(
-            self.client,
-            self.server,
+            Sealed(self.client) if sealed else self.client,
+            Sealed(self.server) if sealed else self.server,
             weather,
             seed=seed,
             back=back,
             actor=self._act,
             invariant=self._check,
+            grain_s=grain_s,
         )
+
+    def tell_too_big(self) -> None:
+        """From now on the wires answer what does not fit, as a router would."""
+        self.there.too_big = lambda packet, mtu: _too_big(packet, mtu, LEFT)
+        self.back.too_big = lambda packet, mtu: _too_big(packet, mtu, RIGHT)
 
     def connect(self, *, timeout_s: float = 180.0) -> Connection:
         """Begin a connection from the client."""
@@ -160,7 +210,7 @@ class World(Pair):
         if sender.una < sender.nxt:
             assert sender.rto_at is not None, "data outstanding without a timer"
         elif sender.nxt < sender.outbox.last:
-            assert sender.persist_at is not None, "data waits for nothing"
+            assert sender.deadline() is not None, "data waits for nothing"
 
     def _check_receiver(self, connection: Connection) -> None:
         receiver = connection.receiver
@@ -170,6 +220,11 @@ class World(Pair):
         self._edges[connection] = id(receiver), receiver.edge
         # One more for a FIN just behind a full window.
         assert receiver.nxt <= receiver.edge + 1, "took more than was offered"
+
+
+def _too_big(packet: bytes, mtu: int, to: IPv6Address) -> bytes:
+    failure = icmp.Failure(icmp.PACKET_TOO_BIG, 0, mtu, packet)
+    return icmp.failure(ROUTER.packed, to.packed, failure)
 
 
 def transfer(
