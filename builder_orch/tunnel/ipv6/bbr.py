@@ -16,7 +16,7 @@ STARTUP_PACING = 2.77
 """4 ln 2 (§5.3.1)."""
 WINDOW_GAIN = 2.0
 CRUISE_GAIN = 1.5
-"""The draft says 2; with it a CUBIC flow on the same link was left with less than a third."""
+"""The draft says 2; with that CUBIC on the same link kept 32 and 48 %, not 40 and 54."""
 MARGIN = 0.99
 """Sending 1 % slower than the model says drains what was misjudged (§5.6.2)."""
 MINIMUM = 4

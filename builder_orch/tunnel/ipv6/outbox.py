@@ -66,6 +66,9 @@ class Outbox:
                 count = min(count, limit)
                 packets = self._template.train(chunk, offset, size, count, at, ack, window)
                 at += count * size
+                if at == self.end:
+                    last = chunk[offset + (count - 1) * size : offset + count * size]
+                    packets[-1] = self._template.segment(at - size, ack, ACK | PSH, window, last)
             else:
                 payload = self._slice(index, offset, min(size, end - at))
                 flags = ACK | PSH if at + len(payload) == self.end else ACK

@@ -110,7 +110,7 @@ class Receiver:
             payload = payload[: max(0, self.edge - seq)]
             fin = False
             self.ack_now = True
-        elif fin and self.fin_at is None:
+        elif fin and self.fin_at is None and end >= self.nxt:
             self.fin_at = end
         if seq < self.nxt:
             if payload:
@@ -132,6 +132,8 @@ class Receiver:
                 self._take_assembled(now)
                 self.ack_now = True
         self._finish()
+        if fin and not self.finished:
+            self.ack_now = True  # it came behind a hole (RFC 5681 §4.2)
         return self.received > before
 
     def read(self, limit: int) -> bytes:
@@ -166,7 +168,8 @@ class Receiver:
         offer = self.nxt + max(0, self._limit - self.readable)
         if offer - self.edge < min(self._full, self._capacity // 2):
             offer = self.edge
-        field = min((offer - self.nxt) >> self.scale, 0xFFFF)
+        # A FIN may come behind a full window, and is then beyond the edge itself.
+        field = min(max(0, offer - self.nxt) >> self.scale, 0xFFFF)
         if self.nxt + (field << self.scale) < self.edge:
             field = -((self.nxt - self.edge) >> self.scale)
         return field
@@ -183,7 +186,7 @@ class Receiver:
     def update_due(self) -> bool:
         """Whether the window has grown enough since it was last offered to say so unasked."""
         remaining = self.edge - self.nxt
-        offer = self._limit - self.readable
+        offer = min(self._limit - self.readable, 0xFFFF << self.scale)
         step = min(2 * self._full, self._capacity // 2)
         return offer - remaining >= step and offer >= 2 * remaining
 

@@ -124,7 +124,12 @@ class Repair:
     # -- losses
 
     def _detect_losses(self, now: float) -> None:
-        """RACK: losses by time; enter recovery when there are new ones (RFC 8985 §6.2)."""
+        """RACK: losses by time; enter recovery when there are new ones (RFC 8985 §6.2).
+
+        It needs SACK (§3): without, duplicates are counted.
+        """
+        if not self.selective:
+            return
         board = self.board
         before = board.lost
         recovering = self._recovery_point is not None

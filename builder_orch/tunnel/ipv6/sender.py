@@ -97,10 +97,10 @@ class Sender(Repair):
         self.edge = self.una + window
         self._max_window = window
 
-    def window_is(self, edge: int) -> None:
+    def window_is(self, edge: int, window: int) -> None:
         """The peer takes octets up to `edge`; it may be less than before (RFC 9293 §3.8.6)."""
         self.edge = edge
-        self._max_window = max(self._max_window, edge - self.una)
+        self._max_window = max(self._max_window, window)
         if edge > self.nxt:
             self._persists = 0
             self.persist_at = None
@@ -125,9 +125,11 @@ class Sender(Repair):
                 board.select(left, right, now, min_rtt)
         if board.rtt is not None:
             self.rtt.sample(board.rtt, now)
+            # Not without a measurement, or a path that got slower than the timeout would time out
+            # for ever (RFC 6298 §5, the end).
+            self.rtt.backoff = 0
         self._reduction.delivered(board.newly)
         if advanced > 0:
-            self.rtt.backoff = 0
             self.waiting_since = now
         elif self.edge <= self.una:
             self.waiting_since = now  # a closed window that is answered is alive (§3.8.6.1)

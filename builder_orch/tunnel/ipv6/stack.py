@@ -32,6 +32,7 @@ from builder_orch.tunnel.machine import Address, Entropy, Malformed, Rejected, T
 
 FIRST_EPHEMERAL, LAST_EPHEMERAL = 32_768, 65_535
 """15 bits of ports to guess (RFC 6056)."""
+UNSPECIFIED = bytes(16)
 BACKLOG = 1024
 """Handshakes of peers under way at once; more SYNs are dropped, which the peer repeats."""
 MAX_CONNECTIONS = 65_536
@@ -310,7 +311,7 @@ class Stack:
         ip = header.parse(packet)
         if ip.destination not in self._addresses:
             raise Rejected("not our address")
-        if ip.source[0] == 0xFF or ip.source in self._addresses:
+        if ip.source[0] == 0xFF or ip.source == UNSPECIFIED or ip.source in self._addresses:
             raise Rejected("impossible source")
         if ip.next_header == header.TCP:
             self._receive_segment(packet, ip, now)
@@ -350,7 +351,7 @@ class Stack:
             ours,
             theirs,
             syn,
-            initial=self._initial(ours, theirs, now),
+            initial=self._waits.beyond(_key(theirs, ours), self._initial(ours, theirs, now)),
             mtu=self._mtu,
             now=now,
             capacity=self._capacity,
@@ -416,6 +417,8 @@ class Stack:
             raise Rejected("ICMPv6 error about nothing of ours")
         position = int.from_bytes(failure.cause[44:48], "big")
         if failure.kind == icmp.PACKET_TOO_BIG:
+            if failure.value < header.MINIMUM_MTU:
+                raise Rejected("a path narrower than IPv6 allows")  # RFC 8201 §4
             connection.too_big(position, failure.value)
         elif failure.kind == icmp.DESTINATION_UNREACHABLE:
             refused = failure.code == icmp.PORT_UNREACHABLE

@@ -123,9 +123,10 @@ class ControlBlock(ABC):
                 self._announce(Notice.READABLE)
         ack = sender.una + run.acked
         self._update = receiver.nxt - (len(run.payloads[-1]) if run.payloads else 0), ack
-        edge = ack + (run.window << self._scale)
+        window = run.window << self._scale
+        edge = ack + window
         if edge != sender.edge:
-            sender.window_is(edge)
+            sender.window_is(edge, window)
         if run.acked or edge == ack:
             sender.acknowledge(ack, (), now)
             self._after_acknowledgement()
@@ -244,6 +245,11 @@ class ControlBlock(ABC):
             return
         if self._handshake is not None and segment.flags & SYN:
             self._handshake.at = now  # the peer has not seen our answer
+        elif self._handshake is not None:
+            if self._challenges.take(now):
+                number = self._handshake.initial + 1
+                window = min(self._capacity, 0xFFFF)
+                self._add_stray(self.template.segment(number, receiver.nxt, ACK, window))
         elif segment.payload and receiver.nxt - self._capacity <= seq < receiver.nxt:
             receiver.accept(seq, segment.payload, False, now)  # it has not seen our ACK
         else:
@@ -287,11 +293,12 @@ class ControlBlock(ABC):
         if ack > sender.nxt or ack < sender.una - sender.max_window:
             self._challenge(now)  # RFC 5961 §5.2
             return
-        edge = ack + (segment.window << self._scale)
+        window = segment.window << self._scale
+        edge = ack + window
         duplicate = ack == sender.una and not segment.length and edge == sender.edge
         if ack >= sender.una and (seq, ack) >= self._update:
             self._update = seq, ack
-            sender.window_is(edge)
+            sender.window_is(edge, window)
         blocks = tuple(
             (unwrap(left, sender.una), unwrap(right, sender.una)) for left, right in segment.blocks
         )
@@ -338,6 +345,7 @@ class ControlBlock(ABC):
         if self.state is State.ESTABLISHED:
             self.state = State.CLOSE_WAIT
         elif self.state is State.FIN_WAIT_2 or self.sender.is_done:
+            self.receiver.ack_now = True
             self._wait()
         else:
             self.state = State.CLOSING
@@ -355,7 +363,6 @@ class ControlBlock(ABC):
     def _wait(self) -> None:
         """Both directions are over and we closed first: the stack waits in our name (§3.6)."""
         self.state = State.TIME_WAIT
-        self.receiver.ack_now = True
         self._over(End.FINISHED)
 
     def _finish(self, end: End) -> None:

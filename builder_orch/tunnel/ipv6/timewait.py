@@ -2,22 +2,28 @@
 
 from collections import OrderedDict
 
+from builder_orch.tunnel.ipv6.allowance import Allowance
 from builder_orch.tunnel.ipv6.connection import TIME_WAIT, Connection
 from builder_orch.tunnel.ipv6.segment import ACK, FIN, RST, SYN, Segment
-from builder_orch.tunnel.ipv6.seq import unwrap
+from builder_orch.tunnel.ipv6.seq import MASK, unwrap
 
+ANSWERS_PER_SECOND = 10
+APART = 1 << 16
+"""Between the last number of a connection and the first of its successor."""
+HALF = 1 << 31
 MAX_WAITS = 16_384
 """When there are more, the oldest is let go early."""
 
 
 class _Wait:
-    __slots__ = ("expires_at", "rcv_nxt", "snd_nxt", "template")
+    __slots__ = ("answers", "expires_at", "rcv_nxt", "snd_nxt", "template")
 
     def __init__(self, connection: Connection, now: float) -> None:
         self.template = connection.template
         self.snd_nxt = connection.sender.nxt
         self.rcv_nxt = connection.receiver.nxt
         self.expires_at = now + TIME_WAIT
+        self.answers = Allowance(ANSWERS_PER_SECOND)
 
 
 class TimeWaits:
@@ -26,6 +32,7 @@ class TimeWaits:
     def __init__(self) -> None:
         # Not a dict: taking the first of a dict again and again steps over all that were taken.
         self._waits: OrderedDict[bytes, _Wait] = OrderedDict()
+        self._reopened: tuple[bytes, int] | None = None
 
     def __contains__(self, key: bytes) -> bool:
         return key in self._waits
@@ -62,10 +69,25 @@ class TimeWaits:
         seq = unwrap(segment.seq, wait.rcv_nxt)
         if segment.flags & SYN and not segment.flags & ACK and seq >= wait.rcv_nxt:
             del self._waits[key]
+            self._reopened = key, wait.snd_nxt
             return None
         if segment.flags & FIN:
             wait.expires_at = now + TIME_WAIT
             self._waits.move_to_end(key)
         elif not segment.length and seq == wait.rcv_nxt:
             return b""
+        if not wait.answers.take(now):
+            return b""  # RFC 5961 §7
         return wait.template.segment(wait.snd_nxt, wait.rcv_nxt, ACK, 0)
+
+    def beyond(self, key: bytes, initial: int) -> int:
+        """`initial`, or a later number where a wait of that name has just made way.
+
+        A connection that moved more than the clock of the numbers would else be continued inside
+        its own old ones (RFC 9293 §3.6.1).
+        """
+        reopened, self._reopened = self._reopened, None
+        if reopened is None or reopened[0] != key:
+            return initial
+        last = reopened[1] & MASK
+        return initial if 0 < (initial - last) & MASK < HALF else (last + APART) & MASK

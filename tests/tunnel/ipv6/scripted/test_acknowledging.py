@@ -139,9 +139,6 @@ def test_the_last_of_what_was_written_is_pushed() -> None:
     assert all("P" not in sent.flags for sent in trace.sent if sent.end in (1361, 2721))
 
 
-@pytest.mark.xfail(
-    reason="a last segment that is exactly full is not pushed (RFC 9293 §3.9.1.2, MUST-61)"
-)
 def test_a_last_segment_that_is_full_is_pushed_too() -> None:
     play("""
         open

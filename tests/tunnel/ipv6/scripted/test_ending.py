@@ -77,10 +77,6 @@ def test_a_new_syn_in_the_wait_opens_anew() -> None:
     assert 2 < second - first < 1 << 31
 
 
-@pytest.mark.xfail(
-    reason="the number of the connection after TIME-WAIT lies inside the one before when that was "
-    "faster than 250 kB/s (RFC 9293 §3.6.1, MAY-2 (1))"
-)
 def test_a_new_connection_after_the_wait_begins_beyond_the_old_one() -> None:
     trace = play("""
         accept
@@ -114,7 +110,6 @@ def test_a_syn_that_turns_out_to_be_old_leads_back_to_the_wait() -> None:
     """)
 
 
-@pytest.mark.xfail(reason="answers in TIME-WAIT have no limit (RFC 5961 §7)")
 def test_strangers_get_only_so_many_answers_from_the_wait() -> None:
     trace = play(TIME_WAIT)
     before = len(trace.sent)

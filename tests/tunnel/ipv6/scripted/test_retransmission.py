@@ -130,11 +130,6 @@ def test_an_outage_does_not_count_as_a_round_trip() -> None:
     """)
 
 
-@pytest.mark.xfail(
-    reason="back-off ends with the acknowledgement of a retransmission, before there is a new "
-    "measurement (RFC 6298 §5, last paragraph): a path that got slower than the timeout times out "
-    "for ever"
-)
 def test_a_path_that_got_slower_than_the_timeout_is_learned() -> None:
     """Karn's second half: the longer timeout stays until something sent once is acknowledged."""
     trace = play("open nosack")
@@ -257,10 +252,6 @@ def test_each_partial_acknowledgement_brings_the_next_hole() -> None:
     """)
 
 
-@pytest.mark.xfail(
-    reason="RACK runs without SACK: a partial acknowledgement marks the whole window as lost "
-    "(RFC 8985 §3 requires SACK, RFC 6582 §3.2 step 3 brings one segment)"
-)
 def test_a_partial_acknowledgement_brings_one_segment_only() -> None:
     play(f"""{PARTIAL}
         +0.01 silence

@@ -183,9 +183,6 @@ def test_in_syn_received_our_answer_is_repeated_and_backs_off() -> None:
     """)
 
 
-@pytest.mark.xfail(
-    reason="SYN-RECEIVED: an unacceptable segment is not acknowledged (RFC 9293 §3.10.7.4, first)"
-)
 @pytest.mark.parametrize("segment", ["A 500000 ack 1", "A -500 ack 1"])
 def test_in_syn_received_an_unacceptable_segment_is_answered(segment: str) -> None:
     play(f"""{SYN_RECEIVED}

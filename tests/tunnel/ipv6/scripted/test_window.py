@@ -141,10 +141,6 @@ def test_a_window_of_one_octet_is_not_filled_at_once_but_in_the_end() -> None:
     """)
 
 
-@pytest.mark.xfail(
-    reason="MAX.SND.WND is taken before SND.UNA moves and so too large by what was acknowledged: "
-    "half a window waits for the override (RFC 9293 §3.8.6.2.1 (3))"
-)
 def test_half_of_the_largest_window_is_worth_a_segment() -> None:
     play("""
         open win 1000
@@ -352,10 +348,6 @@ def test_reading_with_the_window_wide_open_says_nothing() -> None:
     """)
 
 
-@pytest.mark.xfail(
-    reason="towards a peer without a scale every read sends an ACK with the same window, "
-    "a duplicate in its eyes (RFC 9293 §3.8.6.2.2, RFC 5681 §2)"
-)
 def test_reading_says_nothing_when_the_window_cannot_be_told_any_wider() -> None:
     play("""
         open noscale
