@@ -1,0 +1,1 @@
+"""Builds by BuildKit over any stream: only what changed travels; read `solve` first."""

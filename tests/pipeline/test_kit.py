@@ -1,0 +1,252 @@
+"""A build by the engine's BuildKit: chosen and said so, judged like any other, never half done."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from ipaddress import IPv6Address
+from pathlib import Path
+
+import pytest
+
+from builder_orch.api.models import Secret
+from builder_orch.buildkit.grpc import Code, Failed
+from builder_orch.buildkit.wire import fields, text_field
+from builder_orch.errors import (
+    BuilderLost,
+    BuilderOrchError,
+    BuildFailed,
+    ContextRefused,
+    DockerfileInvalid,
+    UsageFailure,
+)
+from builder_orch.events import Event, PhaseFinished, PhaseReason, Retry, Step
+from builder_orch.pipeline.build import Build, Built, Send, building
+from builder_orch.pipeline.context import Directory, scan
+from builder_orch.pipeline.engine import BUILDKIT, CLASSIC, Engine, Login, Recipe
+from builder_orch.pipeline.kit import shared_key
+from builder_orch.pipeline.stage import perform
+from tests.buildkit.fake_daemon import IMAGE, FakeDaemon, Session, log, vertex, whole_context
+from tests.pipeline.fake_engine import End, FakeEngine, image_id, running
+
+RECIPE = Recipe("Dockerfile", name="registry.test/app:1", node="me")
+
+
+@pytest.fixture
+def daemon() -> FakeDaemon:
+    return FakeDaemon()
+
+
+@pytest.fixture
+async def fake(daemon: FakeDaemon) -> AsyncIterator[FakeEngine]:
+    async with running(FakeEngine(kit=daemon.serve, images={IMAGE, image_id("image")})) as made:
+        yield made
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    (tmp_path / "Dockerfile").write_text("FROM scratch\nCOPY . /\n")
+    (tmp_path / "kept").write_text("kept")
+    (tmp_path / ".env").write_text("planted-secret")
+    (tmp_path / ".dockerignore").write_text(".env\n")
+    return tmp_path
+
+
+async def never(seconds: float) -> None:
+    await asyncio.Event().wait()
+
+
+async def credentials() -> Login:
+    return Login("x", Secret("planted-token"))
+
+
+async def build(
+    fake: FakeEngine, root: Path, recipe: Recipe = RECIPE, events: list[Event] | None = None
+) -> Built:
+    emit = (events if events is not None else []).append
+    context = scan(Directory(root, ignorefile=None), emit)
+    engine = Engine(IPv6Address("fdaa::2"), fake.dial, "1.41", pause=never)
+    async with building(engine, context, recipe, emit, credentials) as under_way:
+        await perform(Send(), under_way, emit)
+        return await perform(Build(), under_way, emit)
+
+
+async def test_buildkit_is_taken_where_it_is_and_its_image_read_back(
+    fake: FakeEngine, daemon: FakeDaemon, root: Path
+) -> None:
+    events: list[Event] = []
+    assert await build(fake, root, events=events) == Built(IMAGE, 4096)
+    (reason,) = [event for event in events if isinstance(event, PhaseReason)]
+    assert reason.reason.startswith("BuildKit with Docker's own store")
+    assert [one.phase for one in events if isinstance(one, PhaseFinished)] == ["context", "build"]
+    assert Step(2, 2, "COPY . /") in events
+    assert set(daemon.context) == {".dockerignore", "Dockerfile", "kept"}
+    assert daemon.attributes() == {"filename": "Dockerfile"}
+    assert fake.asked("POST /build") == []
+
+
+async def test_what_is_ignored_never_leaves_and_the_rules_travel(
+    fake: FakeEngine, daemon: FakeDaemon, root: Path
+) -> None:
+    async def script(session: Session, daemon: FakeDaemon) -> None:
+        daemon.dockerfile = await session.sync("dockerfile")
+        # An engine that asks for everything, whatever the rules are, still gets only the rest.
+        daemon.context = await session.sync("context", followpaths=["."])
+
+    daemon.script = script
+    await build(fake, root)
+    assert daemon.dockerfile["Dockerfile.dockerignore"][1].splitlines()[-1] == b".env"
+    assert b"planted-secret" not in repr((daemon.context, daemon.dockerfile)).encode()
+
+
+async def test_an_image_that_is_not_there_is_no_success(
+    fake: FakeEngine, daemon: FakeDaemon, root: Path
+) -> None:
+    daemon.response = {"containerimage.digest": image_id("gone")}
+    with pytest.raises(BuilderLost, match="no such image"):
+        await build(fake, root)
+    daemon.response = {}
+    with pytest.raises(BuilderLost, match="without an image"):
+        await build(fake, root)
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "kind", "said"),
+    [
+        ("[2/3] RUN false", "executor failed running [false]: exit code: 7", BuildFailed,
+         "step 2/3 (RUN false) failed with exit code 7\n  | last words"),
+        ("[2/3] COPY gone /", 'failed to compute cache key: "/gone" not found: not found',
+         BuildFailed, "step 2/3 (COPY gone /): failed to compute cache key"),
+        ("[internal] load metadata for x", "pull access denied", BuildFailed, "load metadata"),
+        ("", "failed to solve with frontend dockerfile.v0: failed to create LLB definition: "
+         "dockerfile parse error line 2: unknown instruction: X", DockerfileInvalid,
+         "does not accept the Dockerfile: dockerfile parse error line 2"),
+        ("[2/3] RUN x", "write /x: no space left on device", BuilderOrchError, "disk is full"),
+    ],
+)  # fmt: skip
+async def test_a_failure_is_told_in_its_own_words(
+    fake: FakeEngine,
+    daemon: FakeDaemon,
+    root: Path,
+    name: str,
+    error: str,
+    kind: type[BuilderOrchError],
+    said: str,
+) -> None:
+    async def script(session: Session, daemon: FakeDaemon) -> None:
+        if name:
+            await daemon.say(vertex(name, completed=False), log(name, b"last words\n", 2))
+            await daemon.say(vertex(name, error=error))
+        raise Failed(Code.UNKNOWN, error)
+
+    daemon.script = script
+    with pytest.raises(kind) as caught:
+        await build(fake, root)
+    assert said in str(caught.value)
+    assert caught.value.hint
+
+
+async def test_a_session_that_the_engine_lost_is_replaced_once(
+    fake: FakeEngine, daemon: FakeDaemon, root: Path
+) -> None:
+    async def script(session: Session, daemon: FakeDaemon) -> None:
+        if len(daemon.requests) == 1:
+            raise Failed(Code.UNKNOWN, "no active session for abc: context deadline exceeded")
+        await whole_context(session, daemon)
+
+    daemon.script = script
+    events: list[Event] = []
+    await build(fake, root, events=events)
+    assert any(isinstance(event, Retry) for event in events)
+    assert len(set(daemon.session_ids)) == 2
+
+
+async def test_an_engine_that_leaves_in_the_middle_is_lost(
+    fake: FakeEngine, daemon: FakeDaemon, root: Path
+) -> None:
+    async def script(session: Session, daemon: FakeDaemon) -> None:
+        await whole_context(session, daemon)
+        daemon.leave()
+        await asyncio.Event().wait()
+
+    daemon.script = script
+    with pytest.raises(BuilderLost, match="during the build"):
+        await build(fake, root)
+
+
+async def test_a_vanished_file_is_the_users(
+    fake: FakeEngine, daemon: FakeDaemon, root: Path
+) -> None:
+    async def script(session: Session, daemon: FakeDaemon) -> None:
+        (root / "kept").unlink()
+        await session.sync("context")
+
+    daemon.script = script
+    with pytest.raises(ContextRefused, match="kept vanished"):
+        await build(fake, root)
+
+
+async def test_the_platforms_registry_is_the_only_one_with_a_login(
+    fake: FakeEngine, daemon: FakeDaemon, root: Path
+) -> None:
+    got: list[dict[int, int | bytes]] = []
+
+    async def script(session: Session, daemon: FakeDaemon) -> None:
+        for host in ("registry.test", "other.test"):
+            method = "/moby.filesync.v1.Auth/Credentials"
+            got.append(dict(fields(await session.ask(method, text_field(1, host)))))
+
+    daemon.script = script
+    await build(fake, root)
+    assert got == [{1: b"x", 2: b"planted-token"}, {}]
+
+
+async def test_classic_is_taken_when_it_is_asked_for_or_all_there_is(
+    fake: FakeEngine, daemon: FakeDaemon, root: Path
+) -> None:
+    for recipe, why in ((replace(RECIPE, builder=CLASSIC), "--builder"), (RECIPE, "404")):
+        events: list[Event] = []
+        assert (await build(fake, root, recipe, events)).image_id == image_id("image")
+        (reason,) = [event for event in events if isinstance(event, PhaseReason)]
+        assert reason.reason.startswith("classic builder")
+        assert why in reason.reason
+        fake.kit = None
+    assert [one.end for one in fake.asked("POST /build")] == [End.WHOLE] * 2
+
+
+@pytest.mark.parametrize(
+    ("step", "recipe", "kind", "said"),
+    [
+        (
+            "RUN --mount=type=cache,target=/x true",
+            RECIPE,
+            DockerfileInvalid,
+            "Dockerfile:3: RUN --m",
+        ),
+        ("COPY --link a b", RECIPE, DockerfileInvalid, "Dockerfile:3: COPY --link"),
+        ("RUN <<EOF\ntrue\nEOF", RECIPE, DockerfileInvalid, "here-document"),
+        ("", replace(RECIPE, secrets={"a": bytes}), UsageFailure, "--secret needs BuildKit"),
+        ("", replace(RECIPE, agents={"a": Path("/x")}), UsageFailure, "--ssh needs BuildKit"),
+        ("", replace(RECIPE, builder=BUILDKIT), UsageFailure, "has no BuildKit: it answers"),
+    ],
+)
+async def test_what_classic_cannot_do_is_refused_before_anything_is_sent(
+    fake: FakeEngine,
+    root: Path,
+    step: str,
+    recipe: Recipe,
+    kind: type[BuilderOrchError],
+    said: str,
+) -> None:
+    fake.kit = None
+    (root / "a").touch()
+    (root / "Dockerfile").write_text(f"FROM scratch\nCOPY . /\n{step}\n")
+    with pytest.raises(kind) as caught:
+        await build(fake, root, recipe)
+    assert said in str(caught.value)
+    assert fake.asked("POST /build") == []
+
+
+def test_a_directory_of_a_user_has_one_key(tmp_path: Path) -> None:
+    assert shared_key("me", tmp_path) == shared_key("me", tmp_path / "." / "x" / "..")
+    assert shared_key("me", tmp_path) != shared_key("you", tmp_path)
+    assert shared_key("me", tmp_path) != shared_key("me", tmp_path / "x")
