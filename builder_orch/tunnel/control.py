@@ -3,12 +3,15 @@
 A message is a length (u32, big-endian), as many octets of JSON, and with its first octet at most
 one descriptor (SCM_RIGHTS). The two sides share a socket pair; nobody else can reach it.
 
-    to the host     {"id": n, "do": "open", "config": wg-quick text, "capture": path or ""}    first
+    to the host     {"id": n, "do": "open", "config": wg-quick text, "capture": path or "",
+                     "carrier": as of Choice.dump}                                         first
                     {"id": n, "do": "dial", "host": h, "port": p, "timeout_s": s}
                     {"id": n, "do": "resolve", "name": h}
                     {"id": n, "do": "ping", "address": a, "timeout_s": s}
                     {"id": n, "do": "ready", "timeout_s": s}
                     {"id": n, "do": "drops"}
+                    {"id": n, "do": "route"}
+                    {"id": n, "do": "moved", "from": [kind, endpoint, why]}
     from the host   {"id": n, "result": value}   for dial "descriptor", which comes with it
                     {"id": n, "reason": text}    any number of times before the end of `ready`
                     {"id": n, "failure": kind, "message": text, "hint": text}

@@ -7,15 +7,16 @@ import struct
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import replace
 from ipaddress import AddressValueError, IPv6Address
 
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from builder_orch.errors import TunnelNotUp
 from builder_orch.tunnel.capture import Capture
-from builder_orch.tunnel.carrier import Carrier
-from builder_orch.tunnel.carrier.udp import UdpCarrier
+from builder_orch.tunnel.carrier import Carrier, Route
+from builder_orch.tunnel.carrier.choice import Choice, open_carrier
+from builder_orch.tunnel.carrier.race import RaceCarrier
+from builder_orch.tunnel.carrier.websocket import WebSocketCarrier
 from builder_orch.tunnel.config import PeerConfig, PublicKey, TunnelConfig
 from builder_orch.tunnel.ipv6.connection import Connection
 from builder_orch.tunnel.ipv6.events import (
@@ -34,6 +35,7 @@ from builder_orch.tunnel.machine import Address, Endpoint
 from builder_orch.tunnel.stamps import Stamps
 from builder_orch.tunnel.stream import Splice, loopback_pair, reset
 from builder_orch.tunnel.wireguard.interface import (
+    EndpointMoved,
     HandshakeStarted,
     Interface,
     PeerStatus,
@@ -117,6 +119,12 @@ class Tunnel:
         self._established: dict[PublicKey, asyncio.Event] = {}
         self._attempts = 0
         self._tasks: set[asyncio.Task[None]] = set()
+        self._moved = asyncio.Event()
+        self._race = carrier if isinstance(carrier, RaceCarrier) else None
+        if self._race is not None:
+            self._race.changed = self._moved.set
+        if isinstance(carrier, RaceCarrier | WebSocketCarrier):
+            carrier.probe = self._probe
         carrier.start(self._deliver, self.pump)
 
     @property
@@ -127,6 +135,17 @@ class Tunnel:
     def status(self) -> list[PeerStatus]:
         """What is known of each peer."""
         return self._interface.status(boot_time())
+
+    async def route(self) -> Route:
+        """How the gateway is reached now, and why so."""
+        return self._carrier.route()
+
+    async def moved(self, route: Route) -> Route:
+        """Wait until the gateway is reached in another way than `route`, and tell which."""
+        while (now := self._carrier.route()) == route:
+            self._moved.clear()
+            await self._moved.wait()
+        return now
 
     def drops(self) -> dict[str, int]:
         """How many packets each core threw away, by reason."""
@@ -222,14 +241,14 @@ class Tunnel:
         said = ""
         while not established.is_set():
             elapsed = boot_time() - began
-            reason = self._waiting_for(peer)
+            reason = self._carrier.waiting(max(1, self._attempts))
             if reason != said:
                 report(reason)
                 said = reason
             if elapsed >= timeout_s:
                 raise TunnelNotUp(
                     f"the gateway did not answer within {timeout_s:g} s: {reason}",
-                    hint="Check that UDP leaves this network, and that the gateway is running.",
+                    hint="Check that UDP or HTTPS leaves this network and that the gateway runs.",
                 )
             self._interface.summon(peer.allowed[0].network_address.packed, boot_time())
             self.pump()
@@ -241,12 +260,11 @@ class Tunnel:
                 continue
         return boot_time() - began
 
-    def _waiting_for(self, peer: PeerConfig) -> str:
-        host, port = peer.endpoint or ("(the peer calls us)", 0)
-        where = f"{host}:{port}"
-        if self._carrier.refusals:
-            return f"udp {where} refuses datagrams (the gateway is not running there)"
-        return f"udp {where} handshake attempt {max(1, self._attempts)} unanswered"
+    def _probe(self) -> None:
+        """Have the gateway answer something small, so that each side knows of the other."""
+        if self._config.dns is not None:
+            self._stack.ping(self._config.dns.packed, 0, 0, PING_PAYLOAD)
+            self.pump()
 
     # -- being reached --------------------------------------------------------------------------
 
@@ -317,8 +335,10 @@ class Tunnel:
         began: set[PublicKey | None] = set()
         for told in self._interface.events():
             match told:
-                case SessionStarted(public_key=key):
+                case SessionStarted(public_key=key, endpoint=endpoint):
                     began.add(key)
+                    if self._race is not None:
+                        self._race.heard(endpoint, session=True)
                     self._attempts = 0
                     self._established.setdefault(key, asyncio.Event()).set()
                 case HandshakeStarted(attempt=attempt):
@@ -326,6 +346,8 @@ class Tunnel:
                     if self._stamps is not None:
                         # Before it leaves: a stamp that was sent must not be forgotten.
                         self._stamps.keep(self._epoch + now)
+                case EndpointMoved(endpoint=endpoint) if self._race is not None:
+                    self._race.heard(endpoint, session=False)
                 case _:
                     pass
         if began:
@@ -474,34 +496,8 @@ class Tunnel:
         if self._timer is not None:
             self._timer.cancel()
         self._carrier.close()
-
-
-async def _numeric(endpoint: Endpoint) -> Endpoint:
-    """The endpoint with its host looked up by the system's resolver."""
-    host, port = endpoint
-    try:
-        found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_DGRAM)
-    except socket.gaierror as error:
-        raise TunnelNotUp(
-            f"the gateway's name {host} cannot be resolved: {error.strerror}",
-            hint="Check this machine's DNS and network connection.",
-        ) from None
-    address = found[0][4]
-    return str(address[0]), int(address[1])
-
-
-async def _carrier_for(config: TunnelConfig) -> Carrier:
-    endpoints = [peer.endpoint for peer in config.peers if peer.endpoint is not None]
-    try:
-        if len(config.peers) == 1 and endpoints and not config.listen_port:
-            return UdpCarrier.connect(endpoints[0])
-        any_host = "::" if any(":" in host for host, _ in endpoints) else "0.0.0.0"  # noqa: S104
-        return UdpCarrier.bind(any_host, config.listen_port)
-    except OSError as error:
-        raise TunnelNotUp(
-            f"no UDP socket towards the gateway: {error.strerror}",
-            hint="Check this machine's routes; an IPv6 gateway needs IPv6 on this side.",
-        ) from None
+        # The loop frees what a carrier closed in its next turns.
+        await asyncio.sleep(0)
 
 
 @asynccontextmanager
@@ -509,22 +505,21 @@ async def open_tunnel(
     config: TunnelConfig,
     *,
     carrier: Carrier | None = None,
+    choice: Choice | None = None,
     capture: Capture | None = None,
     stamps: Stamps | None = None,
 ) -> AsyncGenerator[Tunnel]:
     """A tunnel that lives as long as the block; no interface, no privileges.
 
     Leaving the block resets what is still open. TunnelNotUp if no socket can be had; that the far
-    end answers is known after `ready`, or with the first `dial`. `capture` is shown every inner
-    packet, both ways; `stamps` is for a key that is used again by a later process.
+    end answers is known after `ready`, or with the first `dial`. UDP carries it unless `choice`
+    says otherwise. `capture` is shown every inner packet, both ways; `stamps` is for a key that is
+    used again by a later process.
     """
     X25519PrivateKey.from_private_bytes(config.private_key)
-    peers = [
-        replace(peer, endpoint=await _numeric(peer.endpoint)) if peer.endpoint else peer
-        for peer in config.peers
-    ]
-    config = replace(config, peers=tuple(peers))
-    tunnel = Tunnel(config, carrier or await _carrier_for(config), capture=capture, stamps=stamps)
+    if carrier is None:
+        config, carrier = await open_carrier(config, choice or Choice())
+    tunnel = Tunnel(config, carrier, capture=capture, stamps=stamps)
     try:
         yield tunnel
     finally:

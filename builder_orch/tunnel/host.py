@@ -15,6 +15,8 @@ from pathlib import Path
 from builder_orch.errors import TunnelNotUp
 from builder_orch.tunnel import control
 from builder_orch.tunnel.capture import capturing
+from builder_orch.tunnel.carrier import Route
+from builder_orch.tunnel.carrier.choice import Choice
 from builder_orch.tunnel.config import TunnelConfig
 from builder_orch.tunnel.control import Inbox, Message
 from builder_orch.tunnel.driver import Tunnel, open_tunnel
@@ -67,6 +69,11 @@ class Host:
 
                 took = await tunnel.ready(timeout_s=timeout_s, report=report)
                 answer(self._socket, {"id": number, "result": took})
+            case {"do": "route"}:
+                answer(self._socket, {"id": number, "result": list(await tunnel.route())})
+            case {"do": "moved", "from": [str(kind), str(where), str(why)]}:
+                route = await tunnel.moved(Route(kind, where, why))
+                answer(self._socket, {"id": number, "result": list(route)})
             case {"do": "drops"}:
                 answer(self._socket, {"id": number, "result": tunnel.drops()})
             case _:
@@ -114,7 +121,8 @@ async def serve(sock: socket.socket) -> None:
             try:
                 config = TunnelConfig.parse(str(first["config"]))
                 capture = closing.enter_context(capturing(Path(path))) if path else None
-                opening = open_tunnel(config, capture=capture)
+                choice = Choice.load(first["carrier"])
+                opening = open_tunnel(config, choice=choice, capture=capture)
                 tunnel = await closing.enter_async_context(opening)
             except (TunnelNotUp, OSError) as error:
                 answer(sock, failure(number, error))

@@ -19,6 +19,8 @@ from pathlib import Path
 
 from builder_orch.errors import TunnelNotUp
 from builder_orch.tunnel import control
+from builder_orch.tunnel.carrier import Route
+from builder_orch.tunnel.carrier.choice import Choice
 from builder_orch.tunnel.config import TunnelConfig
 from builder_orch.tunnel.control import Inbox, Message
 from builder_orch.tunnel.failures import NameUnknown
@@ -49,11 +51,12 @@ class HostedTunnel:
         sock.setblocking(False)
         self._loop.add_reader(sock, self._on_readable)
 
-    async def open(self, config: TunnelConfig, capture: Path | None) -> None:
+    async def open(self, config: TunnelConfig, choice: Choice, capture: Path | None) -> None:
         """Have the tunnel opened; the first request there is. Failures as of `open_tunnel`."""
-        # Over the pair and not by argument: the configuration holds the private key.
-        text = config.dump()
-        await self._ask({"do": "open", "config": text, "capture": str(capture) if capture else ""})
+        # Over the pair and not by argument: the configuration holds the private key, the choice
+        # perhaps a proxy's password.
+        request: Message = {"do": "open", "config": config.dump(), "carrier": choice.dump()}
+        await self._ask({**request, "capture": str(capture) if capture else ""})
 
     async def dial(self, host: str, port: int, *, timeout_s: float = 30.0) -> socket.socket:
         """As `Tunnel.dial`."""
@@ -84,6 +87,18 @@ class HostedTunnel:
         """As `Tunnel.ready`."""
         took = await self._ask({"do": "ready", "timeout_s": timeout_s}, report)
         return float(str(took))
+
+    async def route(self) -> Route:
+        """As `Tunnel.route`."""
+        route = await self._ask({"do": "route"})
+        assert isinstance(route, list)
+        return Route(*map(str, route))
+
+    async def moved(self, route: Route) -> Route:
+        """As `Tunnel.moved`."""
+        found = await self._ask({"do": "moved", "from": list(route)})
+        assert isinstance(found, list)
+        return Route(*map(str, found))
 
     async def drops(self) -> dict[str, int]:
         """How many packets each core threw away, by reason."""
@@ -171,11 +186,13 @@ OpenHosted = Callable[[TunnelConfig], AbstractAsyncContextManager[HostedTunnel]]
 
 
 @asynccontextmanager
-async def hosting(*, capture: Path | None = None) -> AsyncGenerator[OpenHosted]:
+async def hosting(
+    *, choice: Choice | None = None, capture: Path | None = None
+) -> AsyncGenerator[OpenHosted]:
     """Start the other process now; what is yielded opens its one tunnel when it is needed.
 
-    The process ends with the block, or with this process. `capture` names a new file for the inner
-    packets.
+    The process ends with the block, or with this process. `choice` is as of `open_tunnel`,
+    `capture` names a new file for the inner packets.
     """
     ours, theirs = socket.socketpair()
     words = [sys.executable, "-m", "builder_orch.tunnel.host", str(theirs.fileno())]
@@ -187,7 +204,7 @@ async def hosting(*, capture: Path | None = None) -> AsyncGenerator[OpenHosted]:
 
     @asynccontextmanager
     async def open_in_it(config: TunnelConfig) -> AsyncGenerator[HostedTunnel]:
-        await tunnel.open(config, capture)
+        await tunnel.open(config, choice or Choice(), capture)
         try:
             yield tunnel
         finally:
@@ -202,10 +219,13 @@ async def hosting(*, capture: Path | None = None) -> AsyncGenerator[OpenHosted]:
 
 @asynccontextmanager
 async def open_hosted_tunnel(
-    config: TunnelConfig, *, capture: Path | None = None
+    config: TunnelConfig, *, choice: Choice | None = None, capture: Path | None = None
 ) -> AsyncGenerator[HostedTunnel]:
     """`open_tunnel` in a process of its own."""
-    async with hosting(capture=capture) as open_in_it, open_in_it(config) as tunnel:
+    async with (
+        hosting(choice=choice, capture=capture) as open_in_it,
+        open_in_it(config) as tunnel,
+    ):
         yield tunnel
 
 

@@ -1,12 +1,20 @@
 """Carriers move datagrams outside; the driver knows no more of them than this contract."""
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from builder_orch.tunnel.machine import Datagrams, Endpoint
 
 Deliver = Callable[[memoryview, int, Endpoint], None]
 """Takes received octets, the size to cut them by and their source; must not keep the view."""
+
+
+class Route(NamedTuple):
+    """How the gateway is reached (udp, websocket), where, and why so."""
+
+    kind: str
+    endpoint: str
+    why: str
 
 
 class Carrier(Protocol):
@@ -28,6 +36,14 @@ class Carrier(Protocol):
 
     def send(self, datagrams: Datagrams) -> None:
         """Send or queue; what cannot be sent is dropped and counted, as on any network."""
+        ...
+
+    def route(self) -> Route:
+        """How the far end is reached now, and why so."""
+        ...
+
+    def waiting(self, attempt: int) -> str:
+        """What stands between us and an answer to handshake `attempt`, in a few words."""
         ...
 
     def close(self) -> None:

@@ -12,7 +12,8 @@ from collections import Counter, deque
 from collections.abc import Callable
 from typing import Self
 
-from builder_orch.tunnel.carrier import Deliver
+from builder_orch.tunnel.carrier import Deliver, Route
+from builder_orch.tunnel.carrier.upgrade import authority
 from builder_orch.tunnel.machine import Datagrams, Endpoint
 
 SOL_UDP = 17
@@ -27,6 +28,14 @@ QUEUE_LIMIT = 256
 _ANCILLARY = socket.CMSG_SPACE(4)
 _SEGMENT = struct.Struct("=H")
 _GRO = struct.Struct("=i")
+_REFUSED = {
+    errno.ECONNREFUSED: "refuses datagrams (the gateway is not running there)",
+    errno.EHOSTUNREACH: "is not reachable from here",
+    errno.ENETUNREACH: "is not reachable from here",
+    errno.EPERM: "is forbidden by this machine's firewall",
+    errno.EACCES: "is forbidden by the network",
+}
+"""Errors that say at once what silence would say later."""
 _OFFLOAD_REFUSED = {errno.EIO, errno.EINVAL, errno.EMSGSIZE, errno.EOPNOTSUPP, errno.ENOPROTOOPT}
 
 
@@ -44,6 +53,7 @@ class UdpCarrier:
         self._settled: Callable[[], None] | None = None
         self.drops: Counter[str] = Counter()
         self.refusals = 0
+        self._refusal = ""
         sock.setblocking(False)
         for option in (socket.SO_RCVBUF, socket.SO_SNDBUF):
             sock.setsockopt(socket.SOL_SOCKET, option, SOCKET_BUFFER)
@@ -78,6 +88,25 @@ class UdpCarrier:
         """The local address and port."""
         host, port = self._socket.getsockname()[:2]
         return host, port
+
+    @property
+    def far(self) -> Endpoint | None:
+        """The gateway of a connected socket."""
+        if not self._connected:
+            return None
+        host, port = self._socket.getpeername()[:2]
+        return host, port
+
+    def route(self) -> Route:
+        """Where a connected socket leads."""
+        return Route("udp", authority(*self.far) if self.far else "", "")
+
+    def waiting(self, attempt: int) -> str:
+        """Refused, or no answer yet."""
+        where = self.route().endpoint or "(the peer calls us)"
+        if self.refusals:
+            return f"udp {where} {self._refusal}"
+        return f"udp {where} handshake attempt {attempt} unanswered"
 
     @property
     def blocked(self) -> bool:
@@ -151,8 +180,9 @@ class UdpCarrier:
                 return
 
     def _count(self, error: OSError) -> None:
-        if error.errno == errno.ECONNREFUSED:
+        if error.errno in _REFUSED:
             self.refusals += 1
+            self._refusal = _REFUSED[error.errno]
         self.drops[errno.errorcode.get(error.errno or 0, "send")] += 1
 
     def _on_writable(self) -> None:

@@ -1,0 +1,155 @@
+"""Which carrier a tunnel gets, from what the user and the platform said."""
+
+import asyncio
+import socket
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from builder_orch.errors import TunnelNotUp
+from builder_orch.tunnel.carrier import Carrier
+from builder_orch.tunnel.carrier.memory import Memory
+from builder_orch.tunnel.carrier.proxy import Outside, ProxyRefused
+from builder_orch.tunnel.carrier.race import RaceCarrier
+from builder_orch.tunnel.carrier.udp import UdpCarrier
+from builder_orch.tunnel.carrier.upgrade import authority
+from builder_orch.tunnel.carrier.websocket import Gate, WebSocketCarrier
+from builder_orch.tunnel.config import TunnelConfig
+from builder_orch.tunnel.machine import Endpoint
+
+AUTO, UDP, WEBSOCKET = KINDS = ("auto", "udp", "websocket")
+WEBSOCKET_PORT = 443
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """`kind` is auto (both, raced), udp or websocket. `pin` is the SHA-256 of the key of the
+    gateway's wgtcpd, if the platform tells it; `memory` a file for what answered last time.
+    """
+
+    kind: str = UDP
+    port: int = WEBSOCKET_PORT
+    pin: bytes | None = None
+    outside: Outside = field(default_factory=Outside)
+    memory: Path | None = None
+
+    def dump(self) -> dict[str, object]:
+        """In JSON types; the proxy's password is among them."""
+        return {
+            "kind": self.kind,
+            "port": self.port,
+            "pin": "" if self.pin is None else self.pin.hex(),
+            "proxy": self.outside.proxy,
+            "no_proxy": self.outside.no_proxy,
+            "ca_files": list(self.outside.ca_files),
+            "memory": str(self.memory or ""),
+        }
+
+    @classmethod
+    def load(cls, dumped: object) -> "Choice":
+        """The inverse of `dump`; ValueError for anything else."""
+        match dumped:
+            case {
+                "kind": str(kind),
+                "port": int(port),
+                "pin": str(pin),
+                "proxy": str(proxy),
+                "no_proxy": str(no_proxy),
+                "ca_files": [*files],
+                "memory": str(memory),
+            }:
+                return cls(
+                    kind,
+                    port,
+                    bytes.fromhex(pin) or None,
+                    Outside(proxy, no_proxy, tuple(map(str, files))),
+                    Path(memory) if memory else None,
+                )
+            case _:
+                raise ValueError("not a choice of a carrier")
+
+
+async def open_carrier(config: TunnelConfig, choice: Choice) -> tuple[TunnelConfig, Carrier]:
+    """The carrier, and the configuration with the gateways' names looked up.
+
+    TunnelNotUp when there is no way out at all; what only time can tell is not waited for.
+    """
+    named = [peer.endpoint for peer in config.peers if peer.endpoint is not None]
+    if len(config.peers) != 1 or not named or config.listen_port:
+        config = _with([await _numeric(endpoint) for endpoint in named], config)
+        return config, _bound(config)
+    if choice.kind == UDP:
+        config = _with([await _numeric(named[0])], config)
+        return config, _connected(config)
+    host, _ = named[0]
+    gate = Gate(host, choice.port, choice.pin)
+    if choice.kind == WEBSOCKET:
+        return config, WebSocketCarrier(gate, choice.outside, why="asked for")
+    try:
+        config = _with([await _numeric(named[0])], config)
+        udp = _connected(config)
+    except TunnelNotUp as failure:
+        if not _has_proxy(gate, choice.outside):
+            raise
+        # Where everything goes through a proxy, often not even names are known on this side of it.
+        return config, WebSocketCarrier(gate, choice.outside, why=f"no UDP: {failure}")
+    (endpoint,) = (peer.endpoint for peer in config.peers)
+    assert endpoint is not None
+    network = f"{authority(*endpoint)} from {udp.endpoint[0]}"
+    websocket = WebSocketCarrier(gate, choice.outside)
+    memory = Memory(choice.memory)
+    return config, RaceCarrier(udp, websocket, memory=memory, network=network)
+
+
+def _has_proxy(gate: Gate, outside: Outside) -> bool:
+    try:
+        return outside.proxy_for(gate.host, gate.port) is not None
+    except ProxyRefused:
+        return False
+
+
+def _with(endpoints: list[Endpoint], config: TunnelConfig) -> TunnelConfig:
+    left = iter(endpoints)
+    peers = [
+        replace(peer, endpoint=next(left)) if peer.endpoint is not None else peer
+        for peer in config.peers
+    ]
+    return replace(config, peers=tuple(peers))
+
+
+async def _numeric(endpoint: Endpoint) -> Endpoint:
+    """The endpoint with its host looked up by the system's resolver."""
+    host, port = endpoint
+    try:
+        found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_DGRAM)
+    except socket.gaierror as error:
+        raise TunnelNotUp(
+            f"the gateway's name {host} cannot be resolved: {error.strerror}",
+            hint="Check this machine's DNS and network connection.",
+        ) from None
+    address = found[0][4]
+    return str(address[0]), int(address[1])
+
+
+def _connected(config: TunnelConfig) -> UdpCarrier:
+    (endpoint,) = (peer.endpoint for peer in config.peers)
+    assert endpoint is not None
+    try:
+        return UdpCarrier.connect(endpoint)
+    except OSError as error:
+        raise _no_socket(error) from None
+
+
+def _bound(config: TunnelConfig) -> UdpCarrier:
+    hosts = [peer.endpoint[0] for peer in config.peers if peer.endpoint is not None]
+    any_host = "::" if any(":" in host for host in hosts) else "0.0.0.0"  # noqa: S104
+    try:
+        return UdpCarrier.bind(any_host, config.listen_port)
+    except OSError as error:
+        raise _no_socket(error) from None
+
+
+def _no_socket(error: OSError) -> TunnelNotUp:
+    return TunnelNotUp(
+        f"no UDP socket towards the gateway: {error.strerror}",
+        hint="Check this machine's routes; an IPv6 gateway needs IPv6 on this side.",
+    )

@@ -1,0 +1,192 @@
+"""The way out of a company: HTTP proxies, whom they are not for, and certificates they need."""
+
+import asyncio
+import contextlib
+import ssl
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from ipaddress import ip_address, ip_network
+from typing import TypeVar
+from urllib.parse import unquote, urlsplit
+
+from builder_orch.tunnel.carrier.upgrade import Head, authority, connect_request
+from builder_orch.tunnel.machine import Malformed
+
+HANDSHAKE_S = 10.0
+
+Reached = TypeVar("Reached", bound=asyncio.Protocol)
+
+
+class ProxyRefused(OSError):
+    """The proxy did not connect us; says why in one line, without credentials."""
+
+
+@dataclass(frozen=True, slots=True)
+class Proxy:
+    """An HTTP proxy; `secure` when it is spoken to over TLS."""
+
+    host: str
+    port: int
+    secure: bool = False
+    credentials: str = field(default="", repr=False)
+
+    @classmethod
+    def parse(cls, text: str) -> "Proxy":
+        """Read what a variable holds; ProxyRefused for a kind of proxy that is not supported."""
+        parts = urlsplit(text if "://" in text else f"http://{text}")
+        try:
+            port = parts.port
+        except ValueError:
+            raise ProxyRefused("the proxy's URL has a port that is none") from None
+        if parts.scheme not in {"http", "https"} or not parts.hostname:
+            raise ProxyRefused(f"a {parts.scheme} proxy is not supported; http and https are")
+        user, password = unquote(parts.username or ""), unquote(parts.password or "")
+        credentials = f"{user}:{password}" if user else ""
+        secure = parts.scheme == "https"
+        return cls(parts.hostname, port or (443 if secure else 80), secure, credentials)
+
+    def __str__(self) -> str:
+        return authority(self.host, self.port)
+
+
+@dataclass(frozen=True, slots=True)
+class Outside:
+    """How to get out of this network. `ca_files` are trusted beside the system's certificates;
+    only a proxy that is spoken to over TLS is verified by them (the gateway proves itself inside).
+    """
+
+    proxy: str = field(default="", repr=False)
+    no_proxy: str = ""
+    ca_files: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, variables: Mapping[str, str]) -> "Outside":
+        """What an environment says; the lower-case names count as well, as everywhere."""
+
+        def first(*names: str) -> str:
+            both = [each for name in names for each in (name, name.lower())]
+            return next((variables[name] for name in both if variables.get(name, "").strip()), "")
+
+        files = first("SSL_CERT_FILE"), first("FLY_BUILD_CA_FILE")
+        return cls(
+            proxy=first("HTTPS_PROXY", "ALL_PROXY").strip(),
+            no_proxy=first("NO_PROXY"),
+            ca_files=tuple(file for file in files if file),
+        )
+
+    def proxy_for(self, host: str, port: int) -> Proxy | None:
+        """The proxy for a host, if one is to be used; ProxyRefused when it cannot be."""
+        if not self.proxy or _is_local(host) or self._is_exempt(host.lower(), port):
+            return None
+        return Proxy.parse(self.proxy)
+
+    def _is_exempt(self, host: str, port: int) -> bool:
+        for entry in self.no_proxy.lower().split(","):
+            pattern = entry.strip()
+            if pattern == "*" or (pattern and _matches(pattern, host, port)):
+                return True
+        return False
+
+    def verifying(self) -> ssl.SSLContext:
+        """TLS towards a proxy, which gets our credentials and is therefore verified."""
+        context = ssl.create_default_context()
+        for file in self.ca_files:
+            context.load_verify_locations(file)
+        return context
+
+
+def _is_local(host: str) -> bool:
+    if host.lower() == "localhost":
+        return True
+    with contextlib.suppress(ValueError):
+        return ip_address(host).is_loopback
+    return False
+
+
+def _matches(pattern: str, host: str, port: int) -> bool:
+    """One entry of NO_PROXY: a name and those below it, an address, a network, each with a port."""
+    with contextlib.suppress(ValueError):
+        return ip_address(host) in ip_network(pattern, strict=False)
+    name, colon, number = pattern.rpartition(":")
+    if colon and number.isdecimal():
+        if int(number) != port:
+            return False
+        pattern = name
+    pattern = pattern.removeprefix("*").removeprefix(".").removeprefix("[").removesuffix("]")
+    return host == pattern or host.endswith("." + pattern)
+
+
+async def reach(
+    host: str, port: int, tls: ssl.SSLContext, outside: Outside, made: Callable[[], Reached]
+) -> Reached:
+    """A protocol of ours over TLS at the far end, through a proxy where one is to be used.
+
+    OSError (ssl.SSLError is one) or ProxyRefused say why not.
+    """
+    loop = asyncio.get_running_loop()
+    proxy = outside.proxy_for(host, port)
+    if proxy is None:
+        _, protocol = await loop.create_connection(
+            made, host, port, ssl=tls, server_hostname=host, ssl_handshake_timeout=HANDSHAKE_S
+        )
+        return protocol
+    transport = await _through(proxy, host, port, outside)
+    try:
+        protocol = made()
+        secured = await loop.start_tls(
+            transport, protocol, tls, server_hostname=host, ssl_handshake_timeout=HANDSHAKE_S
+        )
+    except BaseException:
+        transport.abort()
+        raise
+    assert secured is not None
+    protocol.connection_made(secured)
+    return protocol
+
+
+class _Asking(asyncio.Protocol):
+    """Waits for a proxy's answer. Nobody else speaks before we do, so nothing follows the head."""
+
+    def __init__(self) -> None:
+        self.answered: asyncio.Future[Head] = asyncio.get_running_loop().create_future()
+        self._head = Head()
+
+    def data_received(self, data: bytes) -> None:
+        if self.answered.done():
+            return
+        try:
+            if self._head.receive(data):
+                self.answered.set_result(self._head)
+        except Malformed as error:
+            self.answered.set_exception(error)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if not self.answered.done():
+            why = f": {exc}" if exc else ""
+            self.answered.set_exception(ConnectionResetError(f"closed the connection{why}"))
+
+
+async def _through(proxy: Proxy, host: str, port: int, outside: Outside) -> asyncio.Transport:
+    """A connection that the proxy passes on."""
+    loop = asyncio.get_running_loop()
+    try:
+        transport, asking = await loop.create_connection(
+            _Asking, proxy.host, proxy.port, ssl=outside.verifying() if proxy.secure else None
+        )
+    except OSError as error:
+        raise ProxyRefused(f"the proxy {proxy} cannot be reached: {error}") from None
+    try:
+        transport.write(connect_request(host, port, proxy.credentials))
+        head = await asking.answered
+        code, reason = head.status()
+    except (Malformed, ConnectionResetError) as error:
+        transport.abort()
+        raise ProxyRefused(f"the proxy {proxy} {error}") from None
+    except BaseException:
+        transport.abort()
+        raise
+    if code // 100 == 2:
+        return transport
+    transport.abort()
+    wants = "wants a name and password, or others" if code == 407 else "refused"
+    raise ProxyRefused(f"the proxy {proxy} {wants} ({code} {reason})")

@@ -1,0 +1,121 @@
+"""The two ends of a carrier test, each a process in a namespace of its own; they talk JSON lines.
+
+usage: carrier_ends gateway FOLDER | carrier_ends client CARRIER < what the gateway said
+"""
+
+import asyncio
+import hashlib
+import json
+import os
+import socket
+import sys
+import time
+from base64 import b64decode, b64encode
+from ipaddress import IPv6Address, IPv6Network
+from pathlib import Path
+
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+
+from builder_orch.selfhost.gateway import open_gateway
+from builder_orch.tunnel.carrier import Route
+from builder_orch.tunnel.carrier.choice import Choice
+from builder_orch.tunnel.config import PeerConfig, PrivateKey, PublicKey, TunnelConfig
+from builder_orch.tunnel.driver import Tunnel, open_tunnel
+from tests.system.lab import THEIR_HOST
+
+NETWORK = IPv6Network("fdaa:0:7::/48")
+GATEWAY, SINK, CLIENT = NETWORK[3], NETWORK[16], IPv6Address("fdaa:0:7:a7b::2")
+BLOCK = 64 << 10
+PACE_S = 0.01
+"""Between blocks: a test of carriers need not use up the machine."""
+
+
+def say(**fields: object) -> None:
+    sys.stdout.write(json.dumps(fields) + "\n")
+    sys.stdout.flush()
+
+
+async def gateway(folder: str) -> None:
+    """A gateway with one peer, whose key it makes itself, and a sink that acknowledges blocks."""
+    own, theirs = os.urandom(32), os.urandom(32)
+    tasks: list[asyncio.Future[None]] = []
+
+    async def swallow(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        digest, count = hashlib.sha256(), 0
+        while octets := await reader.read(BLOCK):
+            digest.update(octets)
+            for _ in range((count + len(octets)) // BLOCK - count // BLOCK):
+                writer.write(b"+")
+            count += len(octets)
+        writer.write(digest.digest())
+        writer.close()
+
+    async def connect(_: int) -> socket.socket:
+        ours, far = socket.socketpair()
+        tasks.append(asyncio.ensure_future(swallow(*await asyncio.open_connection(sock=far))))
+        return ours
+
+    opening = open_gateway(
+        PrivateKey(own), GATEWAY, listen=THEIR_HOST, certificate=Path(folder) / "wgtcpd.pem"
+    )
+    async with opening as here:
+        public = X25519PrivateKey.from_private_bytes(theirs).public_key().public_bytes_raw()
+        await here.install(PublicKey(public), CLIENT)
+        here.expose(SINK, 7, connect)
+        assert here.websocket is not None
+        say(
+            key=b64encode(theirs).decode(),
+            gateway=b64encode(here.public_key).decode(),
+            port=here.endpoint[1],
+            websocket=here.websocket.port,
+            pin=here.websocket.pin.hex(),
+        )
+        await asyncio.get_running_loop().create_future()
+
+
+async def upload(tunnel: Tunnel, stopped: asyncio.Event) -> None:
+    """Send blocks until told to stop; say what carries them whenever that changes."""
+    sock = await tunnel.dial(str(SINK), 7, timeout_s=60)
+    reader, writer = await asyncio.open_connection(sock=sock)
+    digest, blocks, stall_s, said = hashlib.sha256(), 0, 0.0, Route("", "", "")
+    while not stopped.is_set():
+        block = hashlib.shake_128(str(blocks).encode()).digest(BLOCK)
+        digest.update(block)
+        blocks += 1
+        began = time.monotonic()
+        writer.write(block)
+        await reader.readexactly(1)
+        stall_s = max(stall_s, time.monotonic() - began)
+        route = await tunnel.route()
+        if route != said:
+            said = route
+            say(event="route", kind=route.kind, why=route.why, stall_s=stall_s, blocks=blocks)
+        await asyncio.sleep(PACE_S)
+    writer.write_eof()
+    exact = await reader.readexactly(32) == digest.digest()
+    say(event="done", exact=exact, stall_s=stall_s, blocks=blocks)
+    writer.close()
+
+
+async def client(kind: str) -> None:
+    """Wait until the tunnel is ready, then upload until stdin ends."""
+    stdin = asyncio.StreamReader()
+    loop = asyncio.get_running_loop()
+    await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(stdin), sys.stdin)
+    told = json.loads(await stdin.readline())
+    peer = PeerConfig(PublicKey(b64decode(told["gateway"])), (NETWORK,), (THEIR_HOST, told["port"]))
+    config = TunnelConfig(PrivateKey(b64decode(told["key"])), CLIENT, (peer,), dns=GATEWAY)
+    choice = Choice(kind, told["websocket"], bytes.fromhex(told["pin"]))
+    async with open_tunnel(config, choice=choice) as tunnel:
+        took = await tunnel.ready(timeout_s=30)
+        route = await tunnel.route()
+        say(event="ready", took_s=took, kind=route.kind, why=route.why)
+        stopped = asyncio.Event()
+        sending = asyncio.create_task(upload(tunnel, stopped))
+        await stdin.read()
+        stopped.set()
+        await sending
+
+
+if __name__ == "__main__":
+    asyncio.run((gateway if sys.argv[1] == "gateway" else client)(sys.argv[2]))
