@@ -38,6 +38,8 @@ class PlatformFile:
     registry: str
     pid: int
     organization: str
+    websocket_port: int = 0
+    websocket_pin: str = ""
 
     @classmethod
     def read(cls, folder: Path) -> "PlatformFile | None":
@@ -63,8 +65,13 @@ class PlatformFile:
                 "pid": int(pid),
                 "organization": str(organization),
             } if version == PLATFORM_VERSION:
-                given = cls(url, token, registry, pid, organization)
-                return given if _is_alive(pid) else None
+                if not _is_alive(pid):
+                    return None
+                match found:
+                    case {"websocket_port": int(door), "websocket_pin": str(pin)}:
+                        return cls(url, token, registry, pid, organization, door, pin)
+                    case _:
+                        return cls(url, token, registry, pid, organization)
             case _:
                 raise UsageFailure(
                     f"{path} is not what this version of fly-build writes",
@@ -74,13 +81,19 @@ class PlatformFile:
 
 @dataclass(frozen=True, slots=True)
 class PlatformSettings:
-    """Which platform to ask, and where that was said."""
+    """Which platform to ask, and where that was said.
+
+    `websocket_port` is where its gateway's wgtcpd listens (0: at the usual place), `websocket_pin`
+    the SHA-256 of that one's public key in hexadecimal, if it is known.
+    """
 
     api_url: str
     token: str = field(repr=False)
     registry: str
     origin: str
     selfhost: bool = False
+    websocket_port: int = 0
+    websocket_pin: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,7 +221,15 @@ def find_project(start: Path, named: Path | None = None) -> Project:
 
 
 def _embedded(file: PlatformFile) -> PlatformSettings:
-    return PlatformSettings(file.api_url, file.token, file.registry, "selfhost", selfhost=True)
+    return PlatformSettings(
+        file.api_url,
+        file.token,
+        file.registry,
+        "selfhost",
+        selfhost=True,
+        websocket_port=file.websocket_port,
+        websocket_pin=file.websocket_pin,
+    )
 
 
 def _graphql(url: str) -> str:

@@ -8,11 +8,11 @@ import sys
 import time
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 
 import click
 
+from builder_orch.cli.ingredients import find_agents, own_node, read_secrets
 from builder_orch.cli.options import Flags, build_flags, build_only_flag
 from builder_orch.cli.render import Renderer
 from builder_orch.errors import (
@@ -23,7 +23,16 @@ from builder_orch.errors import (
     TimedOut,
     UsageFailure,
 )
-from builder_orch.events import Emit, Finished, Warned
+from builder_orch.events import (
+    Emit,
+    Event,
+    Finished,
+    PhaseReason,
+    PhaseStarted,
+    Retry,
+    Step,
+    Warned,
+)
 from builder_orch.pipeline.context import Directory
 from builder_orch.pipeline.deploy import Deployed, Order, ulid
 from builder_orch.pipeline.deploy import deploy as carry_out
@@ -99,6 +108,14 @@ def order(flags: Flags, project: Project, environment: Environment, *, release: 
         build_args={**project.build_args, **dict(flags.build_arg)},
         no_cache=flags.no_cache,
         labels=dict(flags.label),
+        platform=flags.platform,
+        network=flags.network,
+        hosts=dict(flags.add_host),
+        cache_from=flags.cache_from,
+        secrets=read_secrets(flags.secret, environment.variables),
+        agents=find_agents(flags.ssh, environment.variables),
+        builder=flags.builder,
+        node=own_node(environment.state_folder().parent / "node"),
         label=flags.image_label,
         publish=flags.push,
         release=release,
@@ -118,28 +135,42 @@ def start_selfhost(environment: Environment, emit: Emit) -> PlatformSettings:
 
     record = ensure_selfhost(Home(environment.state_folder()), report=report)
     return PlatformSettings(
-        record.api_url, record.token, record.registry, "selfhost", selfhost=True
+        record.api_url,
+        record.token,
+        record.registry,
+        "selfhost",
+        selfhost=True,
+        websocket_port=record.websocket_port,
+        websocket_pin=record.websocket_pin,
     )
 
 
 @asynccontextmanager
-async def open_world(
-    chosen: PlatformSettings, emit: Emit, capture: Path | None
-) -> AsyncGenerator[World]:
+async def open_world(chosen: PlatformSettings, emit: Emit, flags: Flags) -> AsyncGenerator[World]:
     """The real platform, tunnel and registry; the tunnel's process starts at once."""
     from builder_orch.api.client import IDEMPOTENT, IDEMPOTENT_SELFHOST, Platform
     from builder_orch.api.models import Secret
     from builder_orch.pipeline.engine import Login
+    from builder_orch.tunnel.carrier.choice import WEBSOCKET_PORT, Choice
+    from builder_orch.tunnel.carrier.proxy import Outside
     from builder_orch.tunnel.hosted import hosting
 
     token = Secret(chosen.token)
+    environment = Environment.current()
+    choice = Choice(
+        flags.carrier,
+        chosen.websocket_port or WEBSOCKET_PORT,
+        bytes.fromhex(chosen.websocket_pin) or None,
+        Outside.of(environment.variables),
+        environment.state_folder().parent / "carriers.json",
+    )
 
     async def credentials() -> Login:
         return Login("x", token)
 
     idempotent = IDEMPOTENT_SELFHOST if chosen.selfhost else IDEMPOTENT
     async with (
-        hosting(capture=capture) as open_tunnel,
+        hosting(choice=choice, capture=flags.capture) as open_tunnel,
         Platform(chosen.api_url, token, idempotent=idempotent, emit=emit) as platform,
     ):
         yield World(platform, open_tunnel, chosen.registry, credentials)
@@ -147,20 +178,51 @@ async def open_world(
 
 async def _guarded(wanted: Order, chosen: PlatformSettings, flags: Flags, emit: Emit) -> Deployed:
     """Carry an order out; a signal cancels it once, and the tidying up is waited for."""
-    with Stop.listening() as stop:
+    latest = Latest(emit)
+    with Stop.listening(emit) as stop:
         limit = asyncio.timeout(flags.timeout)
         try:
-            async with limit, open_world(chosen, emit, flags.capture) as world:
-                return await carry_out(wanted, world, emit)
+            async with limit, open_world(chosen, latest, flags) as world:
+                return await carry_out(wanted, limited(world, flags), latest)
         except TimeoutError:
             if not limit.expired():
                 raise
             raise TimedOut(
-                f"the run took longer than {flags.timeout:g} s",
+                f"the run took longer than {flags.timeout:g} s, and was at {latest.doing}",
                 hint="Give it more time with --timeout; what was built so far is cached.",
             ) from None
         except asyncio.CancelledError:
             raise stop.failure() from None
+
+
+def limited(world: World, flags: Flags) -> World:
+    """The world with the limits that were asked for."""
+    if flags.tunnel_timeout is None:
+        return world
+    return replace(world, limits=replace(world.limits, handshake_s=flags.tunnel_timeout))
+
+
+@dataclass(slots=True)
+class Latest:
+    """Passes events on and remembers what a run is at, for when its time is up."""
+
+    emit: Emit
+    doing: str = "its beginning"
+
+    def __call__(self, event: Event) -> None:
+        """Take one event."""
+        match event:
+            case PhaseStarted(phase):
+                self.doing = phase
+            case PhaseReason(phase, reason):
+                self.doing = f"{phase}: {reason}"
+            case Retry(phase, _, cause):
+                self.doing = f"{phase}: {cause}"
+            case Step(number, total, name):
+                self.doing = f"step {number}/{total} ({name[:200]})"
+            case _:
+                pass
+        self.emit(event)
 
 
 @dataclass(slots=True)
@@ -168,15 +230,17 @@ class Stop:
     """Turns the first Ctrl-C or SIGTERM into a cancellation; the second ends us at once."""
 
     task: asyncio.Task[object]
+    emit: Emit
+    began: float = field(default_factory=time.monotonic)
     received: signal.Signals | None = None
 
     @classmethod
     @contextmanager
-    def listening(cls) -> Iterator["Stop"]:
+    def listening(cls, emit: Emit) -> Iterator["Stop"]:
         """For the task that runs now; outside the block signals do what they did."""
         task = asyncio.current_task()
         assert task is not None
-        stop = cls(task)
+        stop = cls(task, emit)
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, stop, number)
@@ -188,9 +252,18 @@ class Stop:
 
     def __call__(self, number: signal.Signals) -> None:
         if self.received is not None:
-            os._exit(int(_EXITS[number]))
+            self._leave(number)
         self.received = number
         self.task.cancel()
+
+    def _leave(self, number: signal.Signals) -> None:
+        kind = Terminated if number is signal.SIGTERM else Interrupted
+        failure = kind("ended at once; what had begun was left as it was", hint=_LEFT)
+        elapsed_s = time.monotonic() - self.began
+        try:
+            self.emit(Finished(False, int(failure.code), elapsed_s, error=failure))
+        finally:
+            os._exit(int(failure.code))
 
     def failure(self) -> BuilderOrchError:
         """What the run ends with."""
@@ -205,7 +278,7 @@ def interrupted() -> Interrupted:
 
 
 _AGAIN = "Run the command again; what was built so far is cached."
-_EXITS = {signal.SIGINT: Exit.INTERRUPTED, signal.SIGTERM: Exit.TERMINATED}
+_LEFT = "Run the command again; the platform lets go of what nobody asks for any more."
 
 
 def values(deployed: Deployed) -> dict[str, object]:

@@ -10,9 +10,12 @@ from typing import Any
 import click
 
 OUTPUTS = ("text", "json", "ndjson")
+BUILDERS = ("auto", "buildkit", "classic")
+CARRIERS = ("auto", "udp", "websocket")
 
 _DURATION = re.compile(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+(?:\.\d+)?)s?)?\Z")
 _LABEL = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}\Z")
+_PLATFORM = re.compile(r"[a-z0-9]+/[a-z0-9]+(?:/[a-z0-9]+)?\Z")
 _APP = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?\Z")
 
 
@@ -52,6 +55,22 @@ class Pair(click.ParamType[tuple[str, str]]):
         return name.strip(), text
 
 
+class Host(click.ParamType[tuple[str, str]]):
+    """`NAME:ADDRESS`, where the address may be one of IPv6."""
+
+    name = "name:address"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, str]:
+        if isinstance(value, tuple):
+            return value
+        name, _, address = str(value).partition(":")
+        if not name or not address or "," in str(value):
+            self.fail(f"{value!r} is not NAME:ADDRESS", param, ctx)
+        return name, address
+
+
 class Matching(click.ParamType[str]):
     """A text of a certain form."""
 
@@ -71,6 +90,7 @@ class Matching(click.ParamType[str]):
 
 
 APP = Matching("app name", _APP, "lower-case letters, digits and dashes, at most 63")
+PLATFORM = Matching("platform", _PLATFORM, "one of the kind linux/amd64; several need several runs")
 LABEL = Matching("image label", _LABEL, "letters, digits, dots, dashes, underscores, at most 128")
 
 
@@ -87,6 +107,13 @@ class Flags:
     build_arg: tuple[tuple[str, str], ...] = field(default=(), repr=False)
     target: str = ""
     no_cache: bool = False
+    builder: str = "auto"
+    secret: tuple[str, ...] = field(default=(), repr=False)
+    ssh: tuple[str, ...] = ()
+    cache_from: tuple[str, ...] = ()
+    platform: str = ""
+    network: str = ""
+    add_host: tuple[tuple[str, str], ...] = ()
     label: tuple[tuple[str, str], ...] = ()
     image_label: str = ""
     create_app: bool = False
@@ -94,6 +121,8 @@ class Flags:
     build_only: bool = False
     api_url: str = ""
     timeout: float | None = None
+    tunnel_timeout: float | None = None
+    carrier: str = "auto"
     capture: Path | None = None
     output: str = "text"
     json: bool = False
@@ -123,12 +152,35 @@ _OPTIONS = (
     _option("--build-arg", type=Pair(), multiple=True, help="A value for an ARG; many times."),
     _option("--target", "--build-target", default="", help="The stage to build."),
     _option("--no-cache", is_flag=True, help="Build every step anew."),
+    _option(
+        "--builder",
+        type=click.Choice(BUILDERS),
+        default="auto",
+        help="The engine's BuildKit or its classic builder; auto takes BuildKit where it is.",
+    ),
+    _option(
+        "--secret", multiple=True, help="For RUN --mount: id=NAME,src=FILE or id=NAME,env=VAR."
+    ),
+    _option(
+        "--ssh", multiple=True, help="An agent for RUN --mount=type=ssh: default or ID=SOCKET."
+    ),
+    _option("--cache-from", multiple=True, help="An image to take cached steps from; many times."),
+    _option("--platform", type=PLATFORM, default="", help="What to build for: linux/arm64."),
+    _option("--network", default="", help="The network of RUN: default, none or host."),
+    _option("--add-host", type=Host(), multiple=True, help="NAME:ADDRESS for RUN; many times."),
     _option("--label", type=Pair(), multiple=True, help="A label in the image; many times."),
     _option("--image-label", type=LABEL, default="", help="The image's tag; else one of its own."),
     _option("--create-app", is_flag=True, help="Create the app if the platform has none."),
     _option("--push/--no-push", default=True, help="Push the image to the registry."),
     _option("--api-url", default="", help="The platform's GraphQL endpoint."),
     _option("--timeout", type=Duration(), default=None, help="For the whole run: 90s, 10m, 1h."),
+    _option("--tunnel-timeout", type=Duration(), default=None, help="For the handshake; else 2m."),
+    _option(
+        "--carrier",
+        type=click.Choice(CARRIERS),
+        default="auto",
+        help="The way to the gateway; auto tries UDP, then WebSocket (HTTPS).",
+    ),
     _option("--capture", type=_FILE, help="A new pcap file for the packets inside the tunnel."),
     _option(
         "--output", type=click.Choice(OUTPUTS), default="text", help="What stdout and stderr get."

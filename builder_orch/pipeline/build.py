@@ -1,25 +1,34 @@
-"""Send the context, then build: two phases of one request."""
+"""Send the context, then build: two phases of one request.
+
+By BuildKit where the engine has it, which asks for what it lacks; else by the classic builder,
+which takes the context whole. Which of them, and why, is said before anything is sent.
+"""
 
 import asyncio
 import re
 import time
-from collections.abc import AsyncGenerator, Generator, Iterator
+from collections.abc import AsyncGenerator, Collection, Generator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
+from builder_orch.buildkit.control import Unavailable, connected
+from builder_orch.buildkit.http2 import Lost
 from builder_orch.errors import (
     BuilderFull,
     BuilderLost,
     BuilderOrchError,
     BuildFailed,
     DockerfileInvalid,
+    UsageFailure,
 )
-from builder_orch.events import Emit, Progress, Warned
+from builder_orch.events import Emit, PhaseReason, Progress, Step, Warned
 from builder_orch.pipeline.context import Context, readable
-from builder_orch.pipeline.engine import Engine, Recipe, Refused
+from builder_orch.pipeline.engine import BUILDKIT, CLASSIC, Engine, Recipe, Refused, lost
+from builder_orch.pipeline.kit import Broken, Journey, build_by_kit
 from builder_orch.pipeline.line import Line
 from builder_orch.pipeline.messages import BuildMessages, Failure
+from builder_orch.pipeline.outside import Credentials
 from builder_orch.pipeline.pack import archive, archive_size
 from builder_orch.pipeline.thread import Relay
 
@@ -35,8 +44,21 @@ _BAD_DOCKERFILE = re.compile(
 _FULL = re.compile(r"no space left on device", re.IGNORECASE)
 _HINTS = (
     (
-        re.compile(r"stat \S+: (file does not exist|no such file)|no source files", re.IGNORECASE),
+        re.compile(r"runc create failed|unable to start container process", re.IGNORECASE),
+        "The image so far lacks that program. Without /bin/sh only the form "
+        '["/path/to/program", "argument"] runs, and only if it is whole JSON.',
+    ),
+    (
+        re.compile(
+            r"stat \S+: (file does not exist|no such file)|no source files"
+            r"|failed to (compute cache key|calculate checksum).*not found",
+            re.IGNORECASE,
+        ),
         "Check that the path is in the build context and not in .dockerignore.",
+    ),
+    (
+        re.compile(r"forbidden path outside the build context", re.IGNORECASE),
+        "A link leads out of the build context or in a circle: put the file itself there.",
     ),
     (
         re.compile(r"pull access denied|manifest unknown|manifest for .* not found", re.IGNORECASE),
@@ -52,14 +74,16 @@ _CUT = re.compile(r"processing tar|unexpected EOF|invalid tar header", re.IGNORE
 
 @dataclass(frozen=True, slots=True)
 class Sent:
-    """The whole context left this machine."""
+    """The engine has the whole context; `whole` is how much that is, if not all of it was sent."""
 
     octets: int
     elapsed_s: float
+    whole: int | None = None
 
     def __str__(self) -> str:
-        rate = self.octets / max(self.elapsed_s, 0.001)
-        return f"{readable(self.octets)} sent, {readable(round(rate))}/s"
+        rate = readable(round(self.octets / max(self.elapsed_s, 0.001)))
+        of = "" if self.whole is None else f" for a context of {readable(self.whole)}"
+        return f"{readable(self.octets)} sent{of}, {rate}/s"
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,11 +133,18 @@ class Build:
 
 @asynccontextmanager
 async def building(
-    engine: Engine, context: Context, recipe: Recipe, emit: Emit
+    engine: Engine,
+    context: Context,
+    recipe: Recipe,
+    emit: Emit,
+    credentials: Credentials | None = None,
 ) -> AsyncGenerator[Building]:
-    """Begin a build; leaving the block before its end resets the upload or stops the build."""
+    """Begin a build; leaving the block before its end resets the upload or stops the build.
+
+    `credentials` are asked for when a step needs an image of the platform's own registry.
+    """
     sent: asyncio.Future[Sent] = asyncio.get_running_loop().create_future()
-    built = asyncio.create_task(_build(engine, context, recipe, sent, emit))
+    built = asyncio.create_task(_build(engine, context, recipe, sent, emit, credentials))
     try:
         yield Building(sent, built)
     finally:
@@ -123,6 +154,75 @@ async def building(
 
 
 async def _build(
+    engine: Engine,
+    context: Context,
+    recipe: Recipe,
+    sent: asyncio.Future[Sent],
+    emit: Emit,
+    credentials: Credentials | None,
+) -> Built:
+    """Choose; what BuildKit has begun with is never begun again by the other."""
+    why = "as --builder says"
+    if recipe.builder != CLASSIC:
+        try:
+            return await _by_kit(engine, context, recipe, sent, emit, credentials)
+        except Unavailable as error:
+            why = str(error)
+        except Lost as error:
+            raise lost("asking it for BuildKit", str(error)) from None
+        if recipe.builder == BUILDKIT:
+            raise UsageFailure(
+                f"the builder's engine has no BuildKit: {why}",
+                hint="Take --builder buildkit away, or use a builder with Docker 18.09 or later.",
+            )
+    _check_classic(context, recipe, why)
+    emit(PhaseReason("context", f"classic builder, which takes the whole context: {why}"))
+    return await _by_classic(engine, context, recipe, sent, emit)
+
+
+async def _by_kit(
+    engine: Engine,
+    context: Context,
+    recipe: Recipe,
+    sent: asyncio.Future[Sent],
+    emit: Emit,
+    credentials: Credentials | None,
+) -> Built:
+    began = time.monotonic()
+    sock = await engine.connect("asking it for BuildKit")
+    async with connected(sock, engine.version) as control:
+        store = "containerd's store" if control.containerd_store else "Docker's own store"
+        emit(PhaseReason("context", f"BuildKit with {store}: only what changed is sent"))
+
+        def arrived() -> None:
+            if not sent.done():
+                octets = control.pipe.sent
+                sent.set_result(Sent(octets, time.monotonic() - began, context.size))
+
+        journey = Journey(emit, arrived)
+        try:
+            made = await build_by_kit(engine, control, context, recipe, journey, credentials)
+        except Broken as error:
+            raise judge(error, error.failure) from None
+        arrived()
+    return await _read_back(engine, made.names, None)
+
+
+def _check_classic(context: Context, recipe: Recipe, why: str) -> None:
+    """Refuse, before anything is sent, what the classic builder would stumble over or ignore."""
+    hint = "Use a builder with BuildKit, or do without it."
+    flags = [
+        name for name, given in (("--secret", recipe.secrets), ("--ssh", recipe.agents)) if given
+    ]
+    if flags:
+        raise UsageFailure(f"{flags[0]} needs BuildKit, which is not to be had: {why}", hint=hint)
+    if beyond := context.dockerfile.beyond_classic(recipe.target):
+        raise DockerfileInvalid(
+            f"{beyond} needs BuildKit, which is not to be had: {why}", hint=hint
+        )
+
+
+async def _by_classic(
     engine: Engine, context: Context, recipe: Recipe, sent: asyncio.Future[Sent], emit: Emit
 ) -> Built:
     loop = asyncio.get_running_loop()
@@ -153,7 +253,8 @@ async def _build(
         emit(Warned("engine-garbage", f"{messages.lines.garbage} messages were not understood"))
     if messages.failure is not None:
         raise judge(messages, messages.failure)
-    return await _read_back(engine, messages)
+    names = (messages.image_id,) if messages.image_id else ()
+    return await _read_back(engine, names, messages.step)
 
 
 def _upload(context: Context, line: Line, relay: Relay) -> Generator[bytes, None, Sent]:
@@ -173,36 +274,51 @@ def _upload(context: Context, line: Line, relay: Relay) -> Generator[bytes, None
     return Sent(octets, time.monotonic() - began)
 
 
-async def _read_back(engine: Engine, messages: BuildMessages) -> Built:
+async def _read_back(engine: Engine, names: Collection[str], step: Step | None) -> Built:
     """Success is an ID that came with the build and that the engine knows; nothing less."""
-    if not messages.image_id:
-        where = f" in {_step(messages)}" if messages.step else ""
+    if not names:
+        where = f" in {_step(step)}" if step else ""
         raise BuilderLost(
             f"the build's output ended{where} without an image",
             hint="Run it again; what was built so far is cached.",
         )
-    image = await engine.inspect(messages.image_id)
-    if image is None or image.id != messages.image_id:
-        raise BuilderLost(
-            f"the builder says it built {messages.image_id}, but has no such image",
-            hint="Run it again; if it stays so, the builder's disk may be damaged.",
-        )
-    return Built(image.id, image.size_bytes, image.ports)
+    for name in names:
+        image = await engine.inspect(name)
+        if image is not None and image.id == name:
+            return Built(image.id, image.size_bytes, image.ports)
+    raise BuilderLost(
+        f"the builder says it built {', '.join(names)}, but has no such image",
+        hint="Run it again; if it stays so, the builder's disk may be damaged.",
+    )
 
 
-def judge(messages: BuildMessages, failure: Failure, status: int = 200) -> BuilderOrchError:
+class Told(Protocol):
+    """What is known of the step that a build ended in."""
+
+    @property
+    def step(self) -> Step | None:
+        """The step, if it came to one."""
+        ...
+
+    @property
+    def tail(self) -> Collection[str]:
+        """Its last lines."""
+        ...
+
+
+def judge(told: Told, failure: Failure, status: int = 200) -> BuilderOrchError:
     """Whose fault a failed build is, by what the engine said of it."""
-    said, where = failure.message, _step(messages)
-    if failure.code is not None and messages.step is not None:
+    said, where = failure.message, _step(told.step)
+    if failure.code is not None and told.step is not None:
         # What the engine says of a failed RUN is its command, which may hold any words.
-        return _failed_step(messages, failure.code, where)
+        return _failed_step(told, failure.code, where)
     if _FULL.search(said):
         return _full(f"{where}: {said}")
     if _BAD_DOCKERFILE.search(said):
         return DockerfileInvalid(
             f"the builder does not accept the Dockerfile: {said}", hint=_dockerfile_hint(said)
         )
-    if messages.step is None and (status >= 500 or _CUT.search(said)):
+    if told.step is None and (status >= 500 or _CUT.search(said)):
         return BuilderLost(
             f"the builder could not take the build: {said}",
             hint="Run it again; if it stays so, look at the builder's own log.",
@@ -210,31 +326,30 @@ def judge(messages: BuildMessages, failure: Failure, status: int = 200) -> Build
     for form, hint in _HINTS:
         if form.search(said):
             return BuildFailed(f"{where}: {said}", hint=hint)
-    return BuildFailed(_with_tail(f"{where} failed: {said}", messages), hint="Correct that step.")
+    return BuildFailed(_with_tail(f"{where} failed: {said}", told), hint="Correct that step.")
 
 
 def _full(said: str) -> BuilderFull:
     return BuilderFull(
-        f"the builder's disk is full ({said})",
+        f"the builder's disk is full: {said}",
         hint="Prune what the builder no longer needs, or give it a larger disk.",
     )
 
 
-def _failed_step(messages: BuildMessages, code: int, where: str) -> BuilderOrchError:
-    if any(_FULL.search(line) for line in messages.tail):
-        return _full(_with_tail(where, messages))
+def _failed_step(told: Told, code: int, where: str) -> BuilderOrchError:
+    if any(_FULL.search(line) for line in told.tail):
+        return _full(_with_tail(where, told))
     hint = "The step is yours: correct it; the steps before it are cached."
     if code == OUT_OF_MEMORY:
         hint = "It was killed, perhaps for want of memory: use less, or a larger builder."
-    return BuildFailed(_with_tail(f"{where} failed with exit code {code}", messages), hint=hint)
+    return BuildFailed(_with_tail(f"{where} failed with exit code {code}", told), hint=hint)
 
 
-def _with_tail(headline: str, messages: BuildMessages) -> str:
-    return "\n".join([headline, *(f"  | {line}" for line in messages.tail)])
+def _with_tail(headline: str, told: Told) -> str:
+    return "\n".join([headline, *(f"  | {line}" for line in told.tail)])
 
 
-def _step(messages: BuildMessages) -> str:
-    step = messages.step
+def _step(step: Step | None) -> str:
     if step is None:
         return "before the first step"
     return f"step {step.number}/{step.total} ({step.name[:200]})"

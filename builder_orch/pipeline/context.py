@@ -19,6 +19,8 @@ OUTSIDE_NAME = ".fly-build.Dockerfile"
 """How a Dockerfile from elsewhere is called in the archive."""
 NAMED = 5
 """How many files a warning names before it only counts."""
+LINKS = 40
+"""Links that a path may go through before it is taken for a circle, as Linux has it."""
 
 _SECRET = re.compile(
     r"(\.env(\..+)?|id_(rsa|dsa|ecdsa|ed25519)|.+\.(pem|p12|pfx|kdbx|key)|\.netrc|\.pypirc|\.npmrc"
@@ -125,16 +127,35 @@ def _dockerfile(directory: Directory) -> Path:
     if directory.dockerfile is not None:
         if directory.dockerfile.is_file():
             return directory.dockerfile
-        raise DockerfileInvalid(
+        raise _no_file(directory.dockerfile) or DockerfileInvalid(
             f"there is no Dockerfile {directory.dockerfile}",
             hint="Check --dockerfile, or [build] dockerfile in fly.toml.",
         )
-    for name in ("Dockerfile", "dockerfile"):
-        if (directory.root / name).is_file():
-            return directory.root / name
+    usual = [directory.root / name for name in ("Dockerfile", "dockerfile")]
+    for path in usual:
+        if path.is_file():
+            return path
+    for path in usual:
+        if (error := _no_file(path)) is not None:
+            raise error
     raise DockerfileInvalid(
         f"there is no Dockerfile in {directory.root}",
         hint="Write one, or name another file with --dockerfile.",
+    )
+
+
+def _no_file(path: Path) -> DockerfileInvalid | None:
+    """Why what has the Dockerfile's name is none; None when nothing has it."""
+    try:
+        mode = path.lstat().st_mode
+    except OSError:
+        return None
+    if stat.S_ISLNK(mode):
+        what = f"a link to {os.readlink(path)}, where there is no file"  # noqa: PTH115
+    else:
+        what = Kind.DIRECTORY.value if stat.S_ISDIR(mode) else _special(mode)
+    return DockerfileInvalid(
+        f"{path} is {what}", hint="Put a file there, or name another one with --dockerfile."
     )
 
 
@@ -277,15 +298,48 @@ def _check_sources(root: Path, dockerfile: Dockerfile, target: str, ignore: Igno
     """BuildFailed for the first COPY or ADD of a plain path that will not be in the context."""
     for source in dockerfile.sources(target):
         name = posixpath.normpath("/" + source.path).lstrip("/")
-        if not name or _goes_through_link(root, name):
-            continue
         where = f"{dockerfile.path}:{source.line}: {source.step}"
+        if name and _goes_through_link(root, name):
+            _check_linked(root, name, where, source)
+            continue
+        if not name:
+            continue
         if not os.path.lexists(root / name):
             raise BuildFailed(
                 f"{where}: there is no {source.path} in the build context {root}",
-                hint="Check the path: it counts from the context, not from the Dockerfile.",
+                hint="Check the path: it counts from the context, whose top is as high as .. goes.",
             )
         _check_kept(root / name, name, where, source, ignore)
+
+
+def _check_linked(root: Path, name: str, where: str, source: Source) -> None:
+    if not _leads_somewhere(root, name):
+        raise BuildFailed(
+            f"{where}: {source.path} is or goes through a link to what is not in the build "
+            f"context {root}",
+            hint="A link's target is looked for in the context only: put the file itself there.",
+        )
+
+
+def _leads_somewhere(root: Path, name: str) -> bool:
+    """Whether a path exists for an engine, which takes the context for the whole file system."""
+    parts, at = name.split("/")[::-1], ""
+    links = LINKS
+    while parts:
+        part = parts.pop()
+        if part in {"", "."}:
+            continue
+        at = posixpath.normpath(posixpath.join("/", at, part)).lstrip("/")
+        path = root / at
+        if not path.is_symlink():
+            continue
+        links -= 1
+        if not links:
+            return False
+        target = os.readlink(path)  # noqa: PTH115 - Path would tidy it
+        at = "" if target.startswith("/") else posixpath.dirname(at)
+        parts += target.split("/")[::-1]
+    return os.path.lexists(root / at)
 
 
 def _check_kept(path: Path, name: str, where: str, source: Source, ignore: Ignore) -> None:

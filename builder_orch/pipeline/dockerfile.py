@@ -15,6 +15,12 @@ INSTRUCTIONS = frozenset(
 )
 _DIRECTIVE = re.compile(r"#\s*([A-Za-z][A-Za-z0-9]*)\s*=\s*(\S.*?)\s*\Z")
 _HEREDOC = re.compile(r"<<(-?)([\"']?)([A-Za-z_]\w*)\2")
+_CLASSIC_FLAGS = {
+    "RUN": frozenset[str](),
+    "COPY": frozenset({"--from", "--chown"}),
+    "ADD": frozenset({"--chown"}),
+}
+"""Flags that an engine without BuildKit knows."""
 _FLAG = re.compile(r"--[a-z][a-z-]*(=\S*)?\Z")
 _REMOTE = re.compile(r"(https?|git|ssh)://|git@|<<")
 
@@ -105,6 +111,20 @@ class Dockerfile:
                     continue
                 for word in _sources(step.rest):
                     yield Source(step.line, f"{step.name} {word}", word)
+
+    def beyond_classic(self, target: str) -> str:
+        """The first step on the way to the target that only BuildKit can do; "" if none."""
+        for stage in self.upto(target):
+            for step in stage.steps:
+                known = _CLASSIC_FLAGS.get(step.name)
+                if known is None:
+                    continue
+                for flag in step.flags:
+                    if flag.partition("=")[0] not in known:
+                        return f"{self.path}:{step.line}: {step.name} {flag.partition('=')[0]}"
+                if not step.rest.startswith("[") and _HEREDOC.search(step.rest):
+                    return f"{self.path}:{step.line}: {step.name} with a here-document"
+        return ""
 
 
 def _directives(lines: list[str]) -> Iterator[tuple[str, str]]:

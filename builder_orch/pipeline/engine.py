@@ -3,9 +3,11 @@
 import asyncio
 import http.client
 import socket
+import time
 from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from ipaddress import IPv6Address
+from pathlib import Path
 from typing import Any, TypeVar
 
 import docker
@@ -21,6 +23,7 @@ from tenacity import (
 
 from builder_orch.api.models import Secret
 from builder_orch.errors import BuilderLost, BuilderNotProvisioned, BuilderOrchError, NotAllowed
+from builder_orch.events import Emit, Event, Warned
 from builder_orch.pipeline.line import Line, pool_over
 from builder_orch.pipeline.thread import in_thread
 
@@ -32,7 +35,8 @@ DIAL_S = 10.0
 ANSWER_S = 30.0
 """How long the engine may take to answer a short question."""
 PING_S = 3.0
-VIGIL_EVERY_S = 15.0
+VIGIL_EVERY_S = 10.0
+VIGIL_AGAIN_S = 3.0
 VIGIL_MISSES = 3
 """So many pings without an answer, and nothing else heard meanwhile, mean that it is gone."""
 
@@ -53,15 +57,33 @@ class Login:
     password: Secret
 
 
+AUTO, BUILDKIT, CLASSIC = "auto", "buildkit", "classic"
+BUILDERS = (AUTO, BUILDKIT, CLASSIC)
+"""Which of an engine's two builders: the better one that it has, or just that one."""
+
+
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """What a build is told besides its context."""
+    """What a build is told besides its context.
+
+    `secrets` are read when a step asks for them, `agents` are sockets of ssh agents, both by their
+    ids. `node` is this user's own, and with the directory says whose files the engine has.
+    """
 
     dockerfile: str
     build_args: dict[str, str] = field(default_factory=dict, repr=False)
     target: str = ""
     no_cache: bool = False
     labels: dict[str, str] = field(default_factory=dict)
+    platform: str = ""
+    network: str = ""
+    hosts: dict[str, str] = field(default_factory=dict)
+    cache_from: tuple[str, ...] = ()
+    secrets: dict[str, Callable[[], bytes]] = field(default_factory=dict, repr=False)
+    agents: dict[str, Path] = field(default_factory=dict)
+    builder: str = AUTO
+    node: str = field(default="", repr=False)
+    name: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +95,10 @@ class Image:
     size_bytes: int
     digests: tuple[str, ...]
     ports: tuple[int, ...] = ()
+
+
+def unheard(event: Event) -> None:
+    """Nobody listens."""
 
 
 class Refused(Exception):
@@ -107,6 +133,7 @@ class Engine:
     version: str = OLDEST_API
     port: int = PORT
     pause: Pause = asyncio.sleep
+    emit: Emit = unheard
 
     @property
     def url(self) -> str:
@@ -130,6 +157,10 @@ class Engine:
                 target=recipe.target or None,
                 nocache=recipe.no_cache,
                 labels=dict(recipe.labels),
+                platform=recipe.platform or None,
+                network_mode=recipe.network or None,
+                extra_hosts=dict(recipe.hosts) or None,
+                cache_from=list(recipe.cache_from) or None,
                 rm=True,
                 forcerm=True,
             )
@@ -173,7 +204,7 @@ class Engine:
                 names = tuple(text for text in digests if isinstance(text, str))
                 return Image(name, size, names, _exposed(found.get("Config")))
             case _:
-                raise _lost("reading the image back", "it answered with something else")
+                raise lost("reading the image back", "it answered with something else")
 
     async def ping(self) -> None:
         """One question that any engine answers at once."""
@@ -202,43 +233,58 @@ class Engine:
             work(client, line)
 
         working = asyncio.create_task(self._ask(doing, noted, None))
-        watching = asyncio.create_task(self._watch(lines))
+        await self.attend(doing, working, lambda: sum(line.moved for line in lines))
+
+    async def attend(
+        self, doing: str, working: asyncio.Task[Made], moved: Callable[[], int]
+    ) -> Made:
+        """Wait for work that may take long; BuilderLost when the engine shows no sign of life.
+
+        `moved` tells how many octets the work's connection has moved.
+        """
+        watching = asyncio.create_task(self._watch(moved))
         try:
             await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
             if not working.done():
-                raise _lost(doing, await watching)
-            await working
+                raise lost(doing, await watching)
+            return await working
         finally:
             for task in (working, watching):
                 task.cancel()
             await asyncio.gather(working, watching, return_exceptions=True)
 
-    async def _watch(self, lines: list[Line]) -> str:
+    async def connect(self, doing: str) -> socket.socket:
+        """A connection of its own for whoever speaks another protocol; BuilderLost without one."""
+        try:
+            async with asyncio.timeout(DIAL_S):
+                return await self.dial(str(self.address), self.port)
+        except OSError as error:
+            raise lost(doing, f"no connection to {self.url}: {_why(error)}") from None
+
+    async def _watch(self, octets: Callable[[], int]) -> str:
         """Return, with the reason, when the engine has been silent for too long."""
-        misses, heard = 0, 0
+        misses, heard, alive_at = 0, 0, time.monotonic()
         while True:
-            await self.pause(VIGIL_EVERY_S)
-            moved = sum(line.moved for line in lines)
+            await self.pause(VIGIL_AGAIN_S if misses else VIGIL_EVERY_S)
+            moved = octets()
             if moved != heard:
-                misses, heard = 0, moved
+                misses, heard, alive_at = 0, moved, time.monotonic()
                 continue
             try:
                 await self.ping()
-                misses = 0
+                misses, alive_at = 0, time.monotonic()
             except (BuilderOrchError, Refused) as error:
                 misses += 1
+                silence = f"no sign of life in {time.monotonic() - alive_at:.0f} s"
                 if misses >= VIGIL_MISSES:
-                    return f"no sign of life in {misses * VIGIL_EVERY_S:g} s ({error})"
+                    return f"{silence} ({error})"
+                self.emit(Warned("builder-silent", f"the builder gives {silence}: {error}"))
 
     async def _ask(
         self, doing: str, work: Callable[[Client, Line], Made], timeout_s: float | None
     ) -> Made:
         """One connection, one request, in a thread; cancelling resets the connection."""
-        try:
-            async with asyncio.timeout(DIAL_S):
-                line = Line(await self.dial(str(self.address), self.port))
-        except OSError as error:
-            raise _lost(doing, f"no connection to {self.url}: {_why(error)}") from None
+        line = Line(await self.connect(doing))
 
         def run() -> Made:
             try:
@@ -257,9 +303,9 @@ class Engine:
         except docker.errors.APIError as error:
             raise self._refusal(error) from None
         except _TRANSPORT as error:
-            raise _lost(doing, _why(error)) from None
+            raise lost(doing, _why(error)) from None
         except (docker.errors.DockerException, ValueError) as error:
-            raise _lost(doing, f"it answered with something else: {error}"[:500]) from None
+            raise lost(doing, f"it answered with something else: {error}"[:500]) from None
 
     def _refusal(self, error: Exception) -> Exception:
         status = getattr(error, "status_code", None) or 0
@@ -286,7 +332,7 @@ async def wait_for_engine(
             version = await engine.api_version()
         except (BuilderLost, Refused) as error:
             raise _NotYet(str(error)) from None
-        return Engine(engine.address, engine.dial, version, engine.port, engine.pause)
+        return replace(engine, version=version)
 
     def tell(state: RetryCallState) -> None:
         assert state.outcome is not None
@@ -322,7 +368,8 @@ def _exposed(config: object) -> tuple[int, ...]:
     return tuple(sorted(int(port) for port, _, kind in split if port.isdecimal() and kind == "tcp"))
 
 
-def _lost(doing: str, why: str) -> BuilderLost:
+def lost(doing: str, why: str) -> BuilderLost:
+    """What a stage ends with when the engine is gone."""
     return BuilderLost(
         f"the builder was lost during {doing}: {why}",
         hint="Run it again; what was built so far is cached.",

@@ -2,6 +2,7 @@
 
 import posixpath
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -58,6 +59,11 @@ class Ignore:
                 raise ValueError(f"{source}:{number}: {error}") from None
         return cls(tuple(rules), source)
 
+    @classmethod
+    def of(cls, patterns: Sequence[str]) -> Self:
+        """The rules of patterns that somebody else has read; ValueError for one that is none."""
+        return cls(tuple(_rule(number, text) for number, text in enumerate(patterns, 1)))
+
     def match(self, path: str, above: Matched = ()) -> Matched:
         """Rule by rule for `path`, whose directory gave `above`."""
         above = above or (False,) * len(self.rules)
@@ -82,6 +88,22 @@ class Ignore:
         """Does this path stay at home?"""
         rule = self.decides(path)
         return rule is not None and not rule.keep
+
+    def matcher(self) -> Callable[[str], bool]:
+        """`ignores` for many paths: what was found for their directories is remembered."""
+        known: dict[str, Matched] = {"": ()}
+
+        def matched(directory: str) -> Matched:
+            if directory not in known:
+                above = matched(posixpath.dirname(directory))
+                known[directory] = self.match(directory, above)
+            return known[directory]
+
+        def ignores(path: str) -> bool:
+            rule = self.decisive(self.match(path, matched(posixpath.dirname(path))))
+            return rule is not None and not rule.keep
+
+        return ignores
 
     def may_keep_below(self, directory: str, decisive: Rule) -> bool:
         """Could something inside a directory that `decisive` ignores be kept by a later rule?"""

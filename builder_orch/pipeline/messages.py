@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from builder_orch.events import Event, Log, Progress, Step
+from builder_orch.events import Event, Log, PhaseReason, Progress, Step
 
 LINE_LIMIT = 32 * 1024 * 1024
 """Octets of one message, at most; a longer one is not kept."""
@@ -18,6 +18,7 @@ PROGRESS_STEP = 1 << 20
 """Octets between two announcements of how far a push has come."""
 
 _STEP = re.compile(r"Step (\d{1,6})/(\d{1,6}) : (.*)\Z")
+_RETRYING = re.compile(r"Retrying in (\d{1,6}) seconds?\Z")
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _IMAGE_ID = re.compile(r"sha256:[0-9a-f]{64}\Z")
 _EXIT_CODE = re.compile(r"returned a non-zero code: (\d{1,10})")
@@ -173,6 +174,7 @@ class PushMessages:
     lines: Lines = field(default_factory=Lines)
     _layers: dict[str, tuple[int, int]] = field(default_factory=dict)
     _said: int = -1
+    _countdown: int = 0
 
     def feed(self, octets: bytes) -> Iterator[Event]:
         """Take what arrived; what can be told of it."""
@@ -196,8 +198,22 @@ class PushMessages:
                 size = max(done, total) if isinstance(total, int) else done
                 self._layers[layer] = (done, size)
                 yield from self._progress()
+            case {"status": str(status)}:
+                yield from self._repetition(status)
             case _:
                 pass
+
+    def _repetition(self, status: str) -> Iterator[Event]:
+        """The engine repeats what failed for up to a minute; it counts down, and that is all."""
+        found = _RETRYING.match(status)
+        if found is None:
+            return
+        left_s = int(found[1])
+        if left_s > self._countdown + 1:
+            yield PhaseReason(
+                "push", f"the registry did not take a layer; the engine tries again in {left_s} s"
+            )
+        self._countdown = left_s
 
     def _progress(self) -> Iterator[Event]:
         done = sum(done for done, _ in self._layers.values())

@@ -11,6 +11,7 @@ from typing import Protocol
 from builder_orch.api.models import App, Build, Builder, Organization, Peer, Region, Release
 from builder_orch.events import Emit, Warned
 from builder_orch.pipeline.engine import Login, Pause
+from builder_orch.tunnel.carrier import Route
 from builder_orch.tunnel.config import TunnelConfig
 
 CLEAN_UP_S = 5.0
@@ -69,6 +70,8 @@ class Tunnel(Protocol):
     async def dial(self, host: str, port: int, *, timeout_s: float = 30.0) -> socket.socket: ...
     async def resolve(self, name: str) -> list[IPv6Address]: ...
     async def ready(self, *, timeout_s: float, report: Callable[[str], None]) -> float: ...
+    async def route(self) -> Route: ...
+    async def moved(self, route: Route) -> Route: ...
 
 
 OpenTunnel = Callable[[TunnelConfig], AbstractAsyncContextManager[Tunnel]]

@@ -9,6 +9,9 @@ from builder_orch.errors import AppUnknown, BuilderNotProvisioned
 from builder_orch.events import Emit, PhaseReason
 from builder_orch.pipeline.outside import Platform
 
+FAILED = "failed"
+"""The state of a machine that no waiting brings up."""
+
 
 @dataclass(frozen=True, slots=True)
 class Found:
@@ -67,9 +70,17 @@ class Provision:
                 emit(PhaseReason(self.name, "asking for the nearest region"))
                 region = await self.platform.nearest_region()
                 emit(PhaseReason(self.name, f"asking for a builder in {region.code}"))
-                return Ready(await self.platform.ensure_builder(given, region.code))
+                builder = await self.platform.ensure_builder(given, region.code)
         except TimeoutError:
             raise BuilderNotProvisioned(
                 f"the platform gave no builder within {self.limit_s:g} s",
                 hint="Run it again; if it stays so, ask whether the platform has room.",
             ) from None
+        if builder.state == FAILED:
+            raise BuilderNotProvisioned(
+                f"the platform's builder {builder.app_name}, machine {builder.machine_id}, "
+                "has failed and does not start again",
+                hint="Look at the builder's log; on a platform of your own: fly-build selfhost "
+                "logs, then fly-build selfhost stop and start.",
+            )
+        return Ready(builder)

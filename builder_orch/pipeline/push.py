@@ -32,7 +32,7 @@ _TRANSPORT = re.compile(
     r"connection (refused|reset)|broken pipe|\bEOF\b|time-?out|timed out|no such host|dial tcp"
     r"|HTTP status:? (5\d\d|429)|\b(500|502|503|504)\b|internal server error|bad gateway"
     r"|service unavailable|too ?many ?requests|server closed|no route to host|unreachable"
-    r"|blob upload (unknown|invalid)|temporar",
+    r"|blob upload (unknown|invalid)|temporar|does not (start|answer)",
     re.IGNORECASE,
 )
 

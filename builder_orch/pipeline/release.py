@@ -55,7 +55,7 @@ class Publish:
             await self._write_down(release, "failed", f"not complete in {self.limit_s:g} s", emit)
             raise ReleaseFailed(
                 f"v{release.version} was not complete within {self.limit_s:g} s",
-                hint="Look at the app's log; the version before it is still there.",
+                hint="Look at the platform's log; the version before it, if any, still serves.",
             ) from None
         except asyncio.CancelledError:
             await self._write_down(release, "interrupted", "the command was interrupted", emit)
@@ -74,7 +74,7 @@ class Publish:
         if release.status in FAILED:
             raise ReleaseFailed(
                 f"v{release.version} {release.status}: {release.reason or 'no reason was given'}",
-                hint="Look at what the app printed; the version before it was left in place.",
+                hint="Correct what it says above; the version before it, if any, still serves.",
             )
         return release
 

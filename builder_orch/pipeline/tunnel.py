@@ -1,16 +1,18 @@
 """From a builder's address to an engine that answers: peer, handshake, resolver, engine."""
 
 import asyncio
+import contextlib
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import ClassVar
 
 from builder_orch.api.models import Builder, Organization
 from builder_orch.errors import TunnelNotUp
-from builder_orch.events import Emit, PhaseReason, Transport
+from builder_orch.events import Emit, PhaseReason, Transport, Warned
 from builder_orch.pipeline.engine import Engine, wait_for_engine
 from builder_orch.pipeline.outside import Limits, OpenTunnel, Tunnel, World
 from builder_orch.pipeline.peer import AddPeer
+from builder_orch.tunnel.carrier import Route
 from builder_orch.tunnel.config import TunnelConfig
 
 PROBE = "_api.internal"
@@ -49,8 +51,10 @@ class Open:
 
         report("waiting for the handshake")
         handshake_s = await tunnel.ready(timeout_s=self.limits.handshake_s, report=report)
-        host, port = given.peers[0].endpoint or ("", 0)
-        emit(Transport("udp", f"{host}:{port}", handshake_s))
+        route = await tunnel.route()
+        emit(Transport(route.kind, route.endpoint, handshake_s, route.why))
+        watching = asyncio.create_task(_tell_moves(tunnel, route, emit))
+        self.closing.callback(watching.cancel)
         report(f"asking the resolver inside for {PROBE}")
         try:
             async with asyncio.timeout(self.limits.resolver_s):
@@ -62,6 +66,14 @@ class Open:
                 hint="Run it again; if it stays so, the gateway does not forward this peer yet.",
             ) from None
         return tunnel, handshake_s
+
+
+async def _tell_moves(tunnel: Tunnel, route: Route, emit: Emit) -> None:
+    """Say when the gateway is reached in another way than before, until the tunnel ends."""
+    with contextlib.suppress(OSError):
+        while True:
+            route = await tunnel.moved(route)
+            emit(Warned("carrier", f"now by {route.kind} {route.endpoint}: {route.why}"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +98,7 @@ class Reach:
 
         report(f"waiting for the engine at [{given.address}]")
         engine = await wait_for_engine(
-            Engine(given.address, tunnel.dial, pause=world.pause),
+            Engine(given.address, tunnel.dial, pause=world.pause, emit=emit),
             report,
             limit_s=world.limits.engine_s,
         )

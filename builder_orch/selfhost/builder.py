@@ -20,9 +20,10 @@ class BuilderMachine:
 
     async def ensure(self, app: str) -> tuple[str, State, IPv6Address]:
         """Return id, state and address of the builder of an app; all apps of one organisation
-        share it. The state is STARTED only when the engine has just answered."""
+        share it. The state is STARTED only when the engine has just answered; one of ours that
+        was given up is started again."""
         del app
-        return self.machine_id, await self._engine.state(), self.address
+        return self.machine_id, await self._engine.ensure(), self.address
 
     async def connect(self, port: int) -> socket.socket:
         """Return a fresh, non-blocking connection to the engine; any port but 2375 is refused."""

@@ -183,6 +183,11 @@ class OwnEngine:
     async def __aexit__(self, *_: object) -> None:
         await self._stack.aclose()
 
+    async def ensure(self) -> None:
+        """Start dockerd again if it was given up; `ProgramFailed` if it does not come up."""
+        assert self._program is not None, "used outside its context"
+        await self._program.ensure()
+
     async def _arguments(self) -> list[str]:
         engine = private_directory(self._state / "engine")
         data = private_directory(engine / "docker")

@@ -163,6 +163,12 @@ class EngineClient:
         async with self._call("POST", f"/containers/{container}/start"):
             pass
 
+    async def keep_running(self, container: str) -> None:
+        """Have the engine start a container again whenever its program ends by itself."""
+        policy = {"RestartPolicy": {"Name": "unless-stopped"}}
+        async with self._call("POST", f"/containers/{container}/update", body=policy):
+            pass
+
     async def inspect(self, container: str) -> Container:
         """Read a container back, by id or name."""
         return Container.parse(await self._ask("GET", f"/containers/{container}/json"))
@@ -348,6 +354,15 @@ class Engine:
         if self._daemon is not None and self._daemon.state is not State.STARTED:
             return self._daemon.state
         return State.STOPPED
+
+    async def ensure(self) -> State:
+        """Say what the engine is doing after ours, if it was given up, was started once more."""
+        if self._daemon is not None:
+            try:
+                await self._daemon.ensure()
+            except ProgramFailed as error:
+                self._report(f"the engine does not start: {error}")
+        return await self.state()
 
     async def connect(self) -> socket.socket:
         """Return a fresh, non-blocking connection to the engine's API."""

@@ -6,10 +6,12 @@ import struct
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from ipaddress import IPv6Address, IPv6Network
+from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from builder_orch.errors import PortInUse
+from builder_orch.selfhost.wgtcpd import Certificate, Door, Wgtcpd
 from builder_orch.tunnel.carrier.udp import UdpCarrier
 from builder_orch.tunnel.config import PeerConfig, PrivateKey, PublicKey, TunnelConfig
 from builder_orch.tunnel.driver import Tunnel, open_tunnel
@@ -36,8 +38,10 @@ class Gateway:
         endpoint: Endpoint,
         *,
         install_delay_s: float = 0.0,
+        websocket: Door | None = None,
     ) -> None:
         self._tunnel = tunnel
+        self.websocket = websocket
         self._install_delay_s = install_delay_s
         self._doors: dict[IPv6Address, int | None] = {}
         self._delayed: dict[PublicKey, asyncio.TimerHandle] = {}
@@ -141,10 +145,14 @@ async def open_gateway(
     listen: str = "127.0.0.1",
     port: int = 0,
     install_delay_s: float = 0.0,
+    certificate: Path | None = None,
+    websocket_port: int = 0,
 ) -> AsyncGenerator[Gateway]:
     """A gateway at a UDP address of this host; `address` is its own inside (the name server's).
 
-    PortInUse when the UDP port belongs to another program.
+    With `certificate`, a file that is made if need be, clients may call by WebSocket as well: at
+    `websocket_port` if it is free, else at another. PortInUse when the UDP port belongs to another
+    program.
     """
     try:
         carrier = UdpCarrier.bind(listen, port)
@@ -156,8 +164,18 @@ async def open_gateway(
     endpoint = carrier.endpoint
     own = X25519PrivateKey.from_private_bytes(private_key).public_key().public_bytes_raw()
     config = TunnelConfig(private_key, address, ())
-    async with open_tunnel(config, carrier=carrier) as tunnel:
-        gateway = Gateway(tunnel, PublicKey(own), endpoint, install_delay_s=install_delay_s)
+    both = Wgtcpd(carrier)
+    async with open_tunnel(config, carrier=both) as tunnel:
+        door = None
+        if certificate is not None:
+            door = await both.listen(Certificate.at(certificate), listen, websocket_port)
+        gateway = Gateway(
+            tunnel,
+            PublicKey(own),
+            endpoint,
+            install_delay_s=install_delay_s,
+            websocket=door,
+        )
         try:
             yield gateway
         finally:

@@ -26,13 +26,19 @@ LOCK_PATIENCE_S = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What a client has to know of a platform that is up; `platform.json` on disk."""
+    """What a client has to know of a platform that is up; `platform.json` on disk.
+
+    `websocket_port` is where the gateway's wgtcpd listens, 0 without one; `websocket_pin` the
+    SHA-256 of its public key, in hexadecimal.
+    """
 
     api_url: str
     token: str
     registry: str
     pid: int
     organization: str
+    websocket_port: int = 0
+    websocket_pin: str = ""
 
 
 @dataclass(frozen=True, slots=True)

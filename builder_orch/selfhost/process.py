@@ -150,7 +150,7 @@ class Program:
 
     `ready` is asked again and again after a start until it says True. A child that ends by itself
     is reported with the end of its log and started once more; if it ends again before it ran
-    `STEADY_S`, the state is FAILED and stays so.
+    `STEADY_S`, the state is FAILED until somebody needs it and calls `ensure`.
     """
 
     def __init__(
@@ -177,6 +177,8 @@ class Program:
         self._stop_limit_s = stop_limit_s
         self._process: subprocess.Process | None = None
         self._watcher: asyncio.Task[None] | None = None
+        self._settled = asyncio.Event()
+        self._ensuring = asyncio.Lock()
 
     @property
     def pid(self) -> int | None:
@@ -189,6 +191,17 @@ class Program:
         await self._start_once()
         self._watcher = asyncio.create_task(self._watch(), name=f"watch {self.name}")
 
+    async def ensure(self) -> None:
+        """Wait for a start under way, or begin one if it was given up; `ProgramFailed` if it fails.
+
+        For whoever needs it now: many may call this at once, and it is started once.
+        """
+        async with self._ensuring:
+            await self._settled.wait()
+            if self.state is State.FAILED:
+                self._report(f"{self.name} is needed and started again")
+                await self.start()
+
     async def stop(self) -> None:
         """End the program and its group: SIGTERM, a while to comply, SIGKILL."""
         watcher, self._watcher = self._watcher, None
@@ -198,9 +211,11 @@ class Program:
         await self._end()
         if self.state is not State.FAILED:
             self.state = State.STOPPED
+        self._settled.set()
 
     async def _start_once(self) -> None:
         self.state = State.STARTING
+        self._settled.clear()
         try:
             await self._spawn()
             await self._wait_ready()
@@ -212,7 +227,10 @@ class Program:
             await self._end()
             self.state = State.STOPPED
             raise
-        self.state = State.STARTED
+        else:
+            self.state = State.STARTED
+        finally:
+            self._settled.set()
 
     async def _spawn(self) -> None:
         with suppress(FileNotFoundError):
@@ -253,6 +271,7 @@ class Program:
             assert self._process is not None
             began = loop.time()
             status = await self._process.wait()
+            self._settled.clear()
             if loop.time() - began >= STEADY_S:
                 spent = False
             self._report(
@@ -262,6 +281,7 @@ class Program:
             await self._end()
             if spent:
                 self.state = State.FAILED
+                self._settled.set()
                 self._report(f"{self.name} ended a second time and is not started again")
                 return
             spent = True

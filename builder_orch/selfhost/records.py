@@ -94,6 +94,14 @@ class Records(Database):
             build.finished_at = self._clock()
             return build
 
+    def abandon_builds(self, logs: str) -> int:
+        """Fail all that are open: those who sent them cannot reach their builder any more."""
+        with self._write() as session:
+            lost = list(session.scalars(select(BuildRow).filter_by(status="running")))
+            for build in lost:
+                build.status, build.logs, build.finished_at = "failed", logs, self._clock()
+            return len(lost)
+
     # --- releases
 
     def create_release(
@@ -194,6 +202,16 @@ class Records(Database):
             ).one()
             found.status, found.reason = status, reason or ""
             found.updated_at = self._clock()
+
+    def is_wanted(self, app: str, version: int) -> bool:
+        """Whether the app's release has not ended."""
+        query = (
+            select(ReleaseRow.status)
+            .join(AppRow, AppRow.id == ReleaseRow.app_id)
+            .filter(AppRow.name == app, ReleaseRow.version == version)
+        )
+        with self._read() as session:
+            return session.scalar(query) in OPEN_RELEASE
 
     # --- ssh and audit
 

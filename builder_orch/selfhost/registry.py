@@ -82,6 +82,8 @@ class Action(StrEnum):
 
 Authorize = Callable[[str, str, Action], bool]
 """Given password, repository and action. The repository "" stands for any: is the token known?"""
+Ensure = Callable[[], Awaitable[None]]
+"""Returns when the program serves; `ProgramFailed` if it does not come up."""
 Listen = Callable[[int], Awaitable[socket.socket]]
 """Given a port (0: any): a listening socket at what the engine takes for 127.0.0.1."""
 
@@ -171,10 +173,13 @@ class Door:
     with it: its body is broken off, never ended in order.
     """
 
-    def __init__(self, path: Path, authorize: Authorize, report: Report) -> None:
+    def __init__(
+        self, path: Path, authorize: Authorize, report: Report, ensure: Ensure | None = None
+    ) -> None:
         self._path = path
         self._authorize = authorize
         self._report = report
+        self._ensure = ensure
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> Self:
@@ -227,6 +232,14 @@ class Door:
             return failure(405, "UNSUPPORTED", "the operation is unsupported")
         if not self._authorize(password, errand.repository, errand.action):
             return failure(403, "DENIED", "requested access to the resource is denied")
+        if self._ensure is not None:
+            try:
+                # One that has just ended is about to be there again.
+                await self._ensure()
+            except ProgramFailed as error:
+                self._report(f"the registry does not start: {error}")
+                # Not a 5xx: see `_fault`.
+                return failure(424, "UNSUPPORTED", "the registry does not start; see its log")
         return await self._pass_on(request, password)
 
     async def _pass_on(self, request: web.Request, password: str) -> web.StreamResponse:
@@ -394,14 +407,13 @@ class Registry:
         data = private_directory(folder / "registry")
         secret = _kept(folder / "registry.secret", secrets.token_hex(32))
         _write(config, json.dumps(configuration(path, data, secret), indent=2))
-        self._door = await stack.enter_async_context(
-            Door(path, authorize=self._authorize, report=self._report)
-        )
+        door = Door(path, self._authorize, self._report, ensure=self._ensure)
+        self._door = await stack.enter_async_context(door)
         self._program = Program(
             "docker-registry",
             [*dying_with_us("TERM"), program, "serve", str(config)],
             log=self._state / "registry.log",
-            ready=self._door.answers,
+            ready=door.answers,
             report=self._report,
         )
         stack.push_async_callback(self._program.stop)
@@ -410,6 +422,10 @@ class Registry:
         await runner.setup()
         stack.push_async_callback(runner.cleanup)
         await web.SockSite(runner, listener).start()
+
+    async def _ensure(self) -> None:
+        assert self._program is not None
+        await self._program.ensure()
 
     async def _listener(self, file: Path) -> socket.socket:
         """Listen on the port that is in image names already, or on a new one, which is kept."""

@@ -16,26 +16,29 @@ from socket import socket
 from typing import Final, Protocol, Self
 
 from builder_orch.errors import BuilderOrchError, ReleaseFailed
+from builder_orch.selfhost.definition import (
+    DEFAULT_PORT,
+    Json,
+    check_path,
+    grace_s,
+    memory_limit,
+    serving_port,
+)
 from builder_orch.selfhost.engine import Container, EngineRefused, Image
 from builder_orch.selfhost.process import Report
 from builder_orch.selfhost.registry import USER
 
-DEFAULT_PORT: Final = 8080
 GRACE_S: Final = 30.0
 POLL_S: Final = 0.25
 PROBE_LIMIT_S: Final = 2.0
 STATUS_LINE_OCTETS: Final = 4096
 STOP_GRACE_S: Final = 10
 CLEAN_UP_LIMIT_S: Final = 20.0
-MEMORY_OCTETS: Final = 512 << 20
 PIDS: Final = 1024
 LABEL: Final = "fly-build"
-UNITS: Final = {"": 20, "m": 20, "mb": 20, "mib": 20, "g": 30, "gb": 30, "gib": 30, "kb": 10}
-"""Powers of two of the units in a definition's memory size; a bare number is megabytes."""
 PINNED: Final = re.compile(r"(?P<repository>[^@\s]+)@sha256:[0-9a-f]{64}")
 CONTAINER_NAME: Final = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]*")
 
-Json = Mapping[str, object]
 Probe = Callable[[str, int, str], Awaitable[int]]
 """Given address, port and path: the HTTP status of the answer. `OSError` while there is none."""
 
@@ -88,6 +91,10 @@ class Ledger(Protocol):
     def release_status(self, app: str, version: int, status: str, reason: str | None) -> None:
         """Note what has become of a release; `reason` explains a failure in full."""
 
+    def is_wanted(self, app: str, version: int) -> bool:
+        """Whether nobody has ended a release that is under way."""
+        ...
+
     def machine_started(
         self, app: str, machine_id: str, address: IPv6Address, container: str, image: str
     ) -> None:
@@ -104,6 +111,7 @@ class EngineCalls(Protocol):
     async def image(self, reference: str) -> Image: ...
     async def create(self, name: str, body: Json) -> str: ...
     async def start(self, container: str) -> None: ...
+    async def keep_running(self, container: str) -> None: ...
     async def inspect(self, container: str) -> Container: ...
     async def stop(self, container: str, *, grace_s: int) -> None: ...
     async def remove(self, container: str) -> None: ...
@@ -135,62 +143,16 @@ class Surroundings(Protocol):
         """Stop sending new connections to a machine that is about to end."""
 
 
+class _NotWanted(Exception):
+    """Whoever began the release has ended it in the ledger, which stays as it is."""
+
+
 @dataclass(slots=True)
 class _Line:
     """The releases of one app: the task at work and the one release that waits for it."""
 
     task: asyncio.Task[None]
     waiting: Release | None = None
-
-
-def _tables(value: object) -> list[Json]:
-    """Return the tables at a place of a definition where one or several may stand."""
-    if isinstance(value, Mapping):
-        return [value]
-    return [one for one in value if isinstance(one, Mapping)] if isinstance(value, list) else []
-
-
-def serving_port(definition: Json, exposed: Iterable[int]) -> int:
-    """Return the port an app listens on: by its definition, its image, or custom (8080)."""
-    for service in (
-        *_tables(definition.get("http_service")),
-        *_tables(definition.get("services")),
-    ):
-        port = service.get("internal_port")
-        if isinstance(port, int) and 0 < port < 1 << 16:
-            return port
-    env = definition.get("env")
-    wished = str(env.get("PORT", "")) if isinstance(env, Mapping) else ""
-    if wished.isascii() and wished.isdecimal() and 0 < int(wished) < 1 << 16:
-        return int(wished)
-    return min(exposed, default=DEFAULT_PORT)
-
-
-def check_path(definition: Json) -> str:
-    """Return the path of the definition's first HTTP check, "/" without one."""
-    service = _tables(definition.get("http_service"))
-    services = _tables(definition.get("services"))
-    checks = definition.get("checks")
-    listed = [
-        *(check for one in service for check in _tables(one.get("checks"))),
-        *(check for one in services for check in _tables(one.get("http_checks"))),
-        *(_tables(list(checks.values())) if isinstance(checks, Mapping) else []),
-    ]
-    for check in listed:
-        path = check.get("path")
-        if isinstance(path, str) and path.startswith("/") and path.isascii() and path.isprintable():
-            return path.replace(" ", "%20")
-    return "/"
-
-
-def memory_limit(definition: Json) -> int:
-    """Return the octets of memory a definition's [vm] asks for, 512 MiB without one."""
-    for machine in _tables(definition.get("vm")):
-        asked = str(machine.get("memory") or machine.get("memory_mb") or "").strip().lower()
-        found = re.fullmatch(r"(\d{1,9})\s*([a-z]*)", asked)
-        if found and found[2] in UNITS:
-            return max(int(found[1]) << UNITS[found[2]], 6 << 20)
-    return MEMORY_OCTETS
 
 
 def container_body(
@@ -221,7 +183,6 @@ def container_body(
             "MemorySwap": memory,
             "PidsLimit": PIDS,
             "SecurityOpt": ["no-new-privileges"],
-            "RestartPolicy": {"Name": "unless-stopped"},
             "PublishAllPorts": False,
         },
     }
@@ -386,6 +347,8 @@ class Runner:
             await self._release(app, upcoming)
             line = self._lines[app]
             upcoming, line.waiting = line.waiting, None
+            if upcoming is not None and not self._ledger.is_wanted(app, upcoming.version):
+                upcoming = None
         del self._lines[app]
 
     async def _release(self, app: str, release: Release) -> None:
@@ -395,6 +358,9 @@ class Runner:
         except CancelledError:
             self._note(app, release, Status.FAILED, "it was broken off: the platform was stopped")
             raise
+        except _NotWanted:
+            self._report(f"release {release.version} of {app} was broken off by who began it")
+            return
         except Exception as error:
             # Whatever it is, the app's other releases must not wait for ever behind this one.
             self._report(f"release {release.version} of {app} failed: {error!r}")
@@ -413,22 +379,25 @@ class Runner:
     async def _bring_up(self, app: str, release: Release) -> Machine:
         """Return the new machine once it has answered and is routed; else leave nothing of it."""
         image = await self._fetch(app, release)
+        self._check_wanted(app, release.version)
         port = serving_port(release.definition, image.ports)
         machine_id, address = self._surroundings.allot(app)
         name = f"fly-build-{app}-v{release.version}-{machine_id}"
         if not CONTAINER_NAME.fullmatch(name):
             raise ReleaseFailed(f"{app!r} cannot name a container", hint="rename the app")
         body = container_body(machine_id, app, release, owner=self._owner, port=port)
-        container = await self._engine.create(name, body)
+        container = await self._create(name, body)
         machine = Machine(machine_id, app, release.version, address, container, release.image, port)
         try:
             await self._engine.start(container)
-            await self._answered(machine, check_path(release.definition))
+            await self._answered(machine, release.definition)
+            # Not before: of a program that is started again and again no exit code is left.
+            await self._engine.keep_running(container)
             self._ledger.machine_started(app, machine_id, address, container, release.image)
             await self._surroundings.routed(app, machine)
         except BaseException as error:
             log = await self._undo(machine)
-            if isinstance(error, Exception):
+            if isinstance(error, Exception) and not isinstance(error, _NotWanted):
                 said = f"; the last it wrote:\n{log}" if log else "; it wrote nothing"
                 raise ReleaseFailed(
                     f"version {release.version} of {app} did not become healthy: {error}{said}",
@@ -436,6 +405,17 @@ class Runner:
                 ) from error
             raise
         return machine
+
+    async def _create(self, name: str, body: Json) -> str:
+        try:
+            return await self._engine.create(name, body)
+        except EngineRefused as refusal:
+            if "no command specified" not in str(refusal).lower():
+                raise
+            raise ReleaseFailed(
+                "the image does not say which program to run: neither CMD nor ENTRYPOINT",
+                hint="end its Dockerfile with CMD or ENTRYPOINT",
+            ) from None
 
     async def _fetch(self, app: str, release: Release) -> Image:
         pinned = PINNED.fullmatch(release.image)
@@ -458,11 +438,13 @@ class Runner:
             )
         return image
 
-    async def _answered(self, machine: Machine, path: str) -> None:
+    async def _answered(self, machine: Machine, definition: Json) -> None:
         """Wait until the container answers HTTP with a status below 500, or is known not to."""
-        until = self._now() + self._grace_s
+        path, limit_s = check_path(definition), grace_s(definition, self._grace_s)
+        until = self._now() + limit_s
         last = "it was not running"
         while True:
+            self._check_wanted(machine.app, machine.version)
             found = await self._engine.inspect(machine.container)
             if found.ended:
                 why = "out of memory" if found.out_of_memory else f"exit code {found.exit_code}"
@@ -474,12 +456,13 @@ class Runner:
                     last = str(error) or type(error).__name__
                 else:
                     if status < 500:
+                        # It may have been ended while it was asked.
+                        self._check_wanted(machine.app, machine.version)
                         return
                     last = f"HTTP status {status}"
             if self._now() >= until:
                 raise ReleaseFailed(
-                    f"no answer to GET {path} on port {machine.port} within {self._grace_s:g} s "
-                    f"({last})",
+                    f"no answer to GET {path} on port {machine.port} within {limit_s:g} s ({last})",
                     hint="see what it wrote last",
                 )
             await self._sleep(POLL_S)
@@ -501,6 +484,10 @@ class Runner:
                 raise OSError("the answer is not HTTP") from error
             finally:
                 writer.transport.abort()
+
+    def _check_wanted(self, app: str, version: int) -> None:
+        if not self._ledger.is_wanted(app, version):
+            raise _NotWanted
 
     async def _retire(self, machine: Machine) -> None:
         await self._withdraw(machine)

@@ -20,6 +20,7 @@ from contextlib import (
 from dataclasses import dataclass, field
 from ipaddress import ip_address
 from os import getpid
+from pathlib import Path
 from typing import Final, Protocol, TypeVar
 
 import structlog
@@ -175,7 +176,16 @@ async def _open_parts(options: Options, stack: AsyncExitStack) -> Record:
     await _open(stack, "sweep", _sweeping(store, gateway, options.idle_peer_s))
     host, port = listener.getsockname()[:2]
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}/graphql"
-    return Record(url, token, registry.address, getpid(), organization.slug)
+    called = gateway.websocket
+    return Record(
+        url,
+        token,
+        registry.address,
+        getpid(),
+        organization.slug,
+        websocket_port=called.port if called else 0,
+        websocket_pin=called.pin.hex() if called else "",
+    )
 
 
 async def _open_engine(options: Options, stack: AsyncExitStack) -> Engine:
@@ -197,14 +207,20 @@ async def _open_gateway(
     """The gateway with its peers and its name server, at the UDP port it had before if it can."""
     key = PrivateKey(store.authority("gateway", _new_key))
     address = organization.plan.gateway
-    kept = options.home.root / "gateway.port"
-    port = 0
-    with suppress(OSError, ValueError):
-        port = int(kept.read_text(encoding="ascii"))
+    root = options.home.root
+    kept, kept_websocket = root / "gateway.port", root / "wgtcpd.port"
+    port, websocket_port = _number(kept), _number(kept_websocket)
 
     def at(port: int) -> AbstractAsyncContextManager[Gateway]:
-        delay_s = options.install_delay_s
-        return open_gateway(key, address, listen=options.listen, port=port, install_delay_s=delay_s)
+        return open_gateway(
+            key,
+            address,
+            listen=options.listen,
+            port=port,
+            install_delay_s=options.install_delay_s,
+            certificate=root / "wgtcpd.pem",
+            websocket_port=websocket_port,
+        )
 
     try:
         gateway = await _open(stack, "gateway", at(port))
@@ -214,6 +230,8 @@ async def _open_gateway(
         _log.warning("the gateway's port is taken; clients that are connected lose it", port=port)
         gateway = await _open(stack, "gateway", at(0))
     write_private(kept, str(gateway.endpoint[1]))
+    if gateway.websocket is not None:
+        write_private(kept_websocket, str(gateway.websocket.port))
 
     def answer(query: bytes, stream: bool) -> bytes:
         return names.answer(query, store.zone(organization), stream=stream)
@@ -222,6 +240,13 @@ async def _open_gateway(
     for peer in store.peers():
         await gateway.install(peer.public_key, peer.address)
     return gateway
+
+
+def _number(kept: Path) -> int:
+    """A port that was written down; 0 when none was."""
+    with suppress(OSError, ValueError):
+        return int(kept.read_text(encoding="ascii"))
+    return 0
 
 
 @asynccontextmanager

@@ -380,7 +380,7 @@ def test_a_second_ctrl_c_ends_at_once() -> None:
         from builder_orch.cli.deploy import Stop
 
         async def main():
-            with Stop.listening():
+            with Stop.listening(lambda event: print(type(event).__name__, flush=True)):
                 asyncio.get_running_loop().call_soon(os.kill, os.getpid(), signal.SIGINT)
                 try:
                     await asyncio.Event().wait()
@@ -398,7 +398,7 @@ def test_a_second_ctrl_c_ends_at_once() -> None:
         check=False,
         timeout=60,
     )
-    assert (done.returncode, done.stdout) == (130, "tidying up\n")
+    assert (done.returncode, done.stdout) == (130, "tidying up\nFinished\n")
 
 
 def test_a_defect_shows_its_traceback_and_ends_the_events(root: Path, spoil: list[Spoil]) -> None:

@@ -6,7 +6,7 @@ import json
 import re
 import socket
 import struct
-from collections.abc import AsyncGenerator, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from enum import Enum, auto
@@ -90,6 +90,7 @@ class FakeEngine:
     version: object = field(default_factory=lambda: {"ApiVersion": "1.41"})
     reading: asyncio.Event = field(default_factory=asyncio.Event)
     refuse: int = 0
+    kit: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]] | None = None
     requests: list[Request] = field(default_factory=list)
     building: asyncio.Event = field(default_factory=asyncio.Event)
     tags: dict[str, str] = field(default_factory=dict)
@@ -116,6 +117,9 @@ class FakeEngine:
         try:
             request = await self._head(reader)
             self.requests.append(request)
+            if request.path == "/grpc" and self.kit is not None:
+                await self.kit(reader, writer)
+                return
             await self._body(reader, request)
             await self._watched(reader, self._answer(request, writer))
         except (ConnectionResetError, BrokenPipeError):
@@ -180,6 +184,8 @@ class FakeEngine:
                 await self._play(writer, 200, self.ping)
             case _, ["version"]:
                 await self._play(writer, 200, [json.dumps(self.version).encode()])
+            case "POST", ["grpc"]:
+                await self._play(writer, 404, [message(message="page not found")])
             case "POST", ["build"]:
                 await self._play(writer, self.build_status, self.build)
             case "POST", ["images", *_, "tag"]:

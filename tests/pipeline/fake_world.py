@@ -20,6 +20,7 @@ from builder_orch.api.models import (
 from builder_orch.errors import AppUnknown, TunnelNotUp
 from builder_orch.pipeline.engine import Login
 from builder_orch.pipeline.outside import Limits, World
+from builder_orch.tunnel.carrier import Route
 from builder_orch.tunnel.config import PublicKey, TunnelConfig
 from tests.pipeline.fake_engine import FakeEngine, running
 
@@ -172,6 +173,7 @@ class FakeTunnel:
     dialled: list[tuple[str, int]] = field(default_factory=list)
     arrived: asyncio.Event = field(default_factory=asyncio.Event)
     configs: list[TunnelConfig] = field(default_factory=list)
+    moves: list[Route] = field(default_factory=list)
 
     async def dial(self, host: str, port: int, *, timeout_s: float = 30.0) -> socket.socket:
         self.dialled.append((host, port))
@@ -197,6 +199,15 @@ class FakeTunnel:
         if self.failure == "ready":
             raise TunnelNotUp("the gateway did not answer", hint="Check UDP.")
         return 0.012
+
+    async def route(self) -> Route:
+        return Route("udp", "192.0.2.1:51820", "it answered first")
+
+    async def moved(self, route: Route) -> Route:
+        if self.moves:
+            return self.moves.pop(0)
+        await asyncio.Event().wait()
+        return route
 
     @asynccontextmanager
     async def opening(self, config: TunnelConfig) -> AsyncGenerator["FakeTunnel"]:

@@ -93,3 +93,26 @@ def test_any_text_is_parsed_or_refused(text: str) -> None:
         return
     assert parsed.stages
     assert all(source.path for source in parsed.sources(""))
+
+
+@pytest.mark.parametrize(
+    ("step", "beyond"),
+    [
+        ("RUN --mount=type=cache,target=/c true", "F:2: RUN --mount"),
+        ("RUN --network=none true", "F:2: RUN --network"),
+        ("COPY --chmod=755 a b", "F:2: COPY --chmod"),
+        ("ADD --checksum=sha256:1 a b", "F:2: ADD --checksum"),
+        ("RUN <<EOF\nRUN true\nEOF", "F:2: RUN with a here-document"),
+        ("COPY --from=x --chown=1 a b", ""),
+        ('RUN ["echo", "<<EOF"]', ""),
+        ("HEALTHCHECK --interval=1s CMD true", ""),
+        ("RUN true --mount=x", ""),
+    ],
+)
+def test_what_only_buildkit_can_do_is_named(step: str, beyond: str) -> None:
+    assert Dockerfile.parse(f"FROM scratch\n{step}\n", "F").beyond_classic("") == beyond
+
+
+def test_stages_that_are_not_built_may_need_anything() -> None:
+    text = "FROM scratch AS one\nRUN true\nFROM scratch\nRUN --mount=type=ssh true\n"
+    assert Dockerfile.parse(text, "F").beyond_classic("one") == ""

@@ -53,7 +53,7 @@ async def fake() -> AsyncIterator[FakeEngine]:
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    (tmp_path / "Dockerfile").write_text("FROM scratch\nCOPY . /\n")
+    (tmp_path / "Dockerfile").write_text("FROM scratch AS t\nCOPY . /\n")
     (tmp_path / "data").write_bytes(os.urandom(100_000))
     return tmp_path
 

@@ -135,3 +135,13 @@ def test_a_name_with_all_its_specials_escaped_matches_itself_alone(name: str) ->
         return
     assert Ignore.parse(escaped).ignores(name)
     assert not Ignore.parse(escaped).ignores(name + "x")
+
+
+@given(
+    st.lists(st.sampled_from(["a", "!a/b", "*", "**/b", "!b", "a/*/c", "!**/c"]), max_size=4),
+    st.lists(st.lists(st.sampled_from("abc"), min_size=1, max_size=4).map("/".join), max_size=8),
+)
+def test_many_paths_are_judged_like_each_alone(patterns: list[str], paths: list[str]) -> None:
+    ignore = Ignore.of(patterns)
+    many = ignore.matcher()
+    assert [many(path) for path in paths] == [ignore.ignores(path) for path in paths]

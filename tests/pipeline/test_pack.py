@@ -277,6 +277,8 @@ def test_what_cannot_be_sent_is_refused_by_name_unless_it_is_ignored(
         ("FROM scratch\nCOPY gone /\n", BuildFailed, "Dockerfile:2: COPY gone: there is no gone"),
         ("FROM scratch\nCOPY ../up /\n", BuildFailed, "../up"),
         ("FROM scratch\nADD a/left /\n", BuildFailed, "ignored by .dockerignore:1 (a/*)"),
+        ("FROM scratch\nCOPY out /\n", BuildFailed, "link to what is not in the build context"),
+        ("FROM scratch\nCOPY circle/x /\n", BuildFailed, "Dockerfile:2: COPY circle/x: "),
     ],
 )
 def test_a_build_that_must_fail_fails_before_anything_is_sent(
@@ -284,6 +286,8 @@ def test_a_build_that_must_fail_fails_before_anything_is_sent(
 ) -> None:
     write(root, "a/left")
     write(root, ".dockerignore", "a/*")
+    (root / "out").symlink_to("/proc/version")
+    (root / "circle").symlink_to("../../circle")
     if dockerfile is None:
         (root / "Dockerfile").unlink()
     else:
@@ -297,9 +301,10 @@ def test_a_build_that_must_fail_fails_before_anything_is_sent(
 
 def test_sources_that_are_there_pass(root: Path) -> None:
     write(root, "a/kept")
-    write(root, "Dockerfile", "FROM scratch\nCOPY . a ./a/kept /a ../a linked/kept /\n")
+    write(root, "Dockerfile", "FROM scratch\nCOPY . a ./a/kept /a ../a linked/kept rooted /\n")
     write(root, ".dockerignore", "a/*\n!a/kept\n")
-    (root / "linked").symlink_to("a")
+    (root / "linked").symlink_to("../../a")
+    (root / "rooted").symlink_to("/linked/../linked/kept")
     assert "a/kept" in members(scanned(root))
 
 
@@ -313,6 +318,21 @@ def test_paths_that_are_none_are_usage_errors(root: Path) -> None:
     write(root, ".dockerignore", "a\n[")
     with pytest.raises(ContextRefused, match=r"\.dockerignore:2"):
         scanned(root)
+
+
+@pytest.mark.parametrize("made", ["a directory", "a pipe", "a link to nowhere"])
+def test_what_only_has_the_dockerfiles_name_is_named(root: Path, made: str) -> None:
+    path = root / "Dockerfile"
+    path.unlink()
+    if made == "a directory":
+        path.mkdir()
+    elif made == "a pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("nowhere")
+    for dockerfile in (None, path):
+        with pytest.raises(DockerfileInvalid, match=f"Dockerfile is {made}"):
+            scanned(root, dockerfile=dockerfile)
 
 
 def test_a_target_that_is_none_is_refused(root: Path) -> None:

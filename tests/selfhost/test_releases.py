@@ -18,10 +18,7 @@ from builder_orch.selfhost.releases import (
     Machine,
     Release,
     Runner,
-    check_path,
     container_body,
-    memory_limit,
-    serving_port,
     status_of,
 )
 
@@ -55,6 +52,7 @@ class World:
         self.gate.set()
         self.statuses: dict[tuple[str, int], tuple[str, str | None]] = {}
         self.machines: set[str] = set()
+        self.ended: set[tuple[str, int]] = set()
         self.connected: list[tuple[str, int]] = []
 
     def now(self) -> float:
@@ -99,6 +97,9 @@ class World:
         self.boxes[container] = (replace(box, status="running"), life, self.time)
         self.said.append(f"start {container}")
 
+    async def keep_running(self, container: str) -> None:
+        self.said.append(f"keep {container}")
+
     async def inspect(self, container: str) -> Container:
         if container not in self.boxes:
             raise EngineRefused(404, "no such container")
@@ -124,6 +125,9 @@ class World:
         return f"last words of {container}"
 
     # The ledger and the surroundings.
+
+    def is_wanted(self, app: str, version: int) -> bool:
+        return (app, version) not in self.ended
 
     def release_status(self, app: str, version: int, status: str, reason: str | None) -> None:
         self.statuses[app, version] = (status, reason)
@@ -211,11 +215,13 @@ async def test_a_release_is_pulled_by_digest_checked_routed_and_retires_the_one_
             "web 1 running",
             "create fly-build-web-v1-m1",
             "start fly-build-web-v1-m1",
+            "keep fly-build-web-v1-m1",
             "route web to m1",
             "web 1 complete",
             "web 2 running",
             "create fly-build-web-v2-m2",
             "start fly-build-web-v2-m2",
+            "keep fly-build-web-v2-m2",
             "route web to m2",
             "withdraw m1",
             "web 2 complete",
@@ -264,6 +270,51 @@ async def test_any_answer_below_500_counts(status: int, end: str) -> None:
     async with runner_in(world) as runner:
         runner.begin("web", Release(1, IMAGE))
         assert await finish(world, 1) == end
+
+
+@pytest.mark.parametrize(
+    ("deploy", "limit_s"),
+    [
+        ({"wait_timeout": "2s"}, 2),
+        ({"wait_timeout": "2m"}, 120),
+        ({"wait_timeout": 7}, 7),
+        ({"wait_timeout": "0"}, 30),
+        ({"wait_timeout": "90m"}, 240),
+        ({"wait_timeout": "-1s"}, 30),
+        ({"wait_timeout": ["2s"]}, 30),
+        ("2s", 30),
+    ],
+)
+async def test_the_definition_says_how_long_a_machine_may_take(
+    deploy: object, limit_s: float
+) -> None:
+    world = World()
+    world.lives = [Life(status=503)]
+    async with runner_in(world) as runner:
+        runner.begin("web", Release(1, IMAGE, {"deploy": deploy}))
+        assert await finish(world, 1) == "failed"
+        assert f"within {limit_s:g} s" in world.reason(1)
+        assert limit_s <= world.time < limit_s + 1
+
+
+async def test_a_release_that_was_ended_from_outside_leaves_nothing_and_says_no_more() -> None:
+    world = World()
+    world.lives = [Life(status=200), Life(status=503)]
+    async with runner_in(world) as runner:
+        runner.begin("web", Release(1, IMAGE))
+        assert await finish(world, 1) == "complete"
+        runner.begin("web", Release(2, IMAGE))
+        runner.begin("web", Release(3, IMAGE))
+        await settled(lambda: len(world.boxes) == 2)
+        world.ended |= {("web", 2), ("web", 3)}
+        await settled(lambda: len(world.boxes) == 1)
+        await settled(lambda: any("broken off" in line for line in world.said))
+        assert (world.status(2), world.status(3)) == ("running", "pending")
+        serving = runner.serving("web")
+        assert serving is not None
+        assert serving.version == 1
+        runner.begin("web", Release(4, IMAGE))
+        assert await finish(world, 4) == "complete"
 
 
 async def test_a_newer_release_supersedes_the_one_that_waits_not_the_one_at_work() -> None:
@@ -404,52 +455,6 @@ async def test_a_connection_goes_where_the_container_is_now() -> None:
         assert world.machines == set()
 
 
-@pytest.mark.parametrize(
-    ("definition", "exposed", "port"),
-    [
-        ({}, (), 8080),
-        ({}, (443, 80), 80),
-        ({"env": {"PORT": "3000"}}, (80,), 3000),
-        ({"services": [{"internal_port": 5000}]}, (80,), 5000),
-        ({"http_service": {"internal_port": 4000}, "services": [{"internal_port": 5}]}, (), 4000),
-        ({"http_service": {"internal_port": 0}}, (), 8080),
-        ({"http_service": "nonsense", "services": 7}, (), 8080),
-    ],
-)
-def test_the_port(definition: dict[str, object], exposed: tuple[int, ...], port: int) -> None:
-    assert serving_port(definition, exposed) == port
-
-
-@pytest.mark.parametrize(
-    ("definition", "path"),
-    [
-        ({}, "/"),
-        ({"http_service": {"checks": [{"path": "/up"}]}}, "/up"),
-        ({"services": [{"http_checks": [{"path": "/live"}]}]}, "/live"),
-        ({"checks": {"alive": {"type": "http", "path": "/ok"}}}, "/ok"),
-        ({"http_service": {"checks": [{"path": "/x HTTP/1.1\r\nHost: evil"}]}}, "/"),
-        ({"http_service": {"checks": [{"path": "relative"}]}}, "/"),
-    ],
-)
-def test_the_checked_path(definition: dict[str, object], path: str) -> None:
-    assert check_path(definition) == path
-
-
-@pytest.mark.parametrize(
-    ("vm", "mib"),
-    [
-        (None, 512),
-        ([{"memory": "1gb"}], 1024),
-        ({"memory": "256mb"}, 256),
-        ({"memory_mb": 2048}, 2048),
-        ({"memory": "lots"}, 512),
-        ({"memory": 1}, 6),
-    ],
-)
-def test_the_memory_limit(vm: object, mib: int) -> None:
-    assert memory_limit({"vm": vm}) == mib << 20
-
-
 def test_a_container_may_do_little_and_publishes_nothing() -> None:
     release = Release(7, IMAGE, {"env": {"GREETING": "hi", "N": 3}})
     body = container_body("m1", "web", release, owner="o1", port=8080)
@@ -463,7 +468,8 @@ def test_a_container_may_do_little_and_publishes_nothing() -> None:
     host = body["HostConfig"]
     assert isinstance(host, dict)
     assert host["SecurityOpt"] == ["no-new-privileges"]
-    assert host["RestartPolicy"] == {"Name": "unless-stopped"}
+    # Only once it has answered is a machine started again by the engine.
+    assert "RestartPolicy" not in host
     assert host["Memory"] == host["MemorySwap"] == 512 << 20
     assert 0 < host["PidsLimit"] <= 4096
     assert not host["PublishAllPorts"]

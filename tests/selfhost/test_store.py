@@ -292,6 +292,19 @@ def test_a_build_ends_once(filled: Filled) -> None:
         finish(filled, build.id, "failed")
 
 
+def test_builds_that_are_open_can_be_given_up_together(filled: Filled) -> None:
+    store, app = filled.store, filled.app
+    ended = store.create_build(app, builder_type="remote", strategies=[])
+    store.finish_build(app, ended.id, status="completed", image={}, timings={}, logs="")
+    lost = store.create_build(app, builder_type="remote", strategies=[])
+    assert store.abandon_builds("the platform ended") == 1
+    assert store.build(app, ended.id).status == "completed"
+    found = store.build(app, lost.id)
+    assert (found.status, found.logs) == ("failed", "the platform ended")
+    assert found.finished_at is not None
+    assert store.abandon_builds("again") == 0
+
+
 def test_a_build_is_found_by_its_app_alone(filled: Filled) -> None:
     build = filled.store.create_build(filled.app, builder_type="remote", strategies=[])
     other = filled.store.create_app(filled.organization, "other")

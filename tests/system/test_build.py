@@ -1,4 +1,4 @@
-"""The real engine as judge: what arrives, arrives whole; what is cut makes no image."""
+"""The real classic builder as judge: what arrives, arrives whole; what is cut makes no image."""
 
 import asyncio
 import contextlib
@@ -19,7 +19,7 @@ from builder_orch.errors import BuilderLost, BuilderOrchError, BuildFailed, Dock
 from builder_orch.events import Event, Log, Step
 from builder_orch.pipeline.build import Build, Built, Send, building
 from builder_orch.pipeline.context import Directory, scan
-from builder_orch.pipeline.engine import Engine, Recipe, wait_for_engine
+from builder_orch.pipeline.engine import CLASSIC, Engine, Recipe, wait_for_engine
 from builder_orch.pipeline.pack import archive
 from builder_orch.pipeline.stage import perform
 
@@ -53,7 +53,7 @@ def steps(root: Path, *lines: str) -> None:
 
 async def build(engine: Engine, root: Path, events: list[Event]) -> Built:
     context = scan(Directory(root), events.append)
-    recipe = Recipe(context.dockerfile_name, no_cache=True)
+    recipe = Recipe(context.dockerfile_name, no_cache=True, builder=CLASSIC)
     async with building(engine, context, recipe, events.append) as under_way:
         await perform(Send(), under_way, events.append)
         return await perform(Build(), under_way, events.append)
@@ -121,7 +121,7 @@ async def test_a_run_that_is_given_up_leaves_no_container(
             runs.set()
 
     before = {one["Id"] for one in raw.containers(all=True)}
-    async with building(engine, context, Recipe("Dockerfile"), emit):
+    async with building(engine, context, Recipe("Dockerfile", builder=CLASSIC), emit):
         await runs.wait()
     left = {one["Id"] for one in raw.containers(all=True)} - before
     for container in left:

@@ -35,6 +35,9 @@ class Book:
         self.route: Machine | None = None
         self._machines = 0
 
+    def is_wanted(self, app: str, version: int) -> bool:
+        return True
+
     def release_status(self, app: str, version: int, status: str, reason: str | None) -> None:
         self.statuses.setdefault(version, []).append(status)
         self.reasons[version] = reason or ""
