@@ -234,11 +234,11 @@ class LocalDiskFull(BuilderOrchError):
 
 
 class TimedOut(BuilderOrchError):
-    """The limit for the whole run was reached."""
+    """The limit for the whole run, which the user set, was reached."""
 
     kind = "RB-TIMEOUT"
     code = Exit.TIMEOUT
-    blame = Blame.TOOL
+    blame = Blame.YOU
     retryable = True
 
 

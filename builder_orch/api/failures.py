@@ -37,7 +37,9 @@ ERRORS_SHOWN: Final = 3
 
 _LATER: Final = "try again later; if it stays so, ask those who run the platform"
 _REACH: Final = "check the API URL, the network and any proxy between"
-_LOGIN: Final = "log in again, or give a token that is still valid"
+_LOGIN: Final = (
+    "give a token that is still valid in FLY_BUILD_TOKEN, or in the file FLY_BUILD_TOKEN_FILE names"
+)
 _CLOCK: Final = "a certificate looks outside its time: check this machine's date and clock"
 _TRUST: Final = (
     "the server's certificate is not one that this machine trusts; somebody may be listening in, "

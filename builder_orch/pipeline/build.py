@@ -162,7 +162,7 @@ async def _build(
     credentials: Credentials | None,
 ) -> Built:
     """Choose; what BuildKit has begun with is never begun again by the other."""
-    why = "as --builder says"
+    why = "--builder classic was given"
     if recipe.builder != CLASSIC:
         try:
             return await _by_kit(engine, context, recipe, sent, emit, credentials)

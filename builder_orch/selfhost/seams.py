@@ -115,6 +115,7 @@ class Releases:
 
     async def take_up(self, organization: OrganizationRow) -> None:
         """Serve what served before; a release that was broken off has failed."""
+        self._store.abandon_builds("the platform ended before the build did")
         for row in self._store.open_releases():
             self._store.update_release(
                 row.id, status="failed", reason="the platform ended before the release did"
@@ -123,7 +124,14 @@ class Releases:
         for app in self._store.apps(organization):
             releases = self._store.releases(app) if not app.role else []
             for machine in self._store.machines(app) if releases else []:
-                served = next((row for row in releases if row.image == machine.image), None)
+                served = next(
+                    (
+                        row
+                        for row in releases
+                        if row.image == machine.image and row.status == "complete"
+                    ),
+                    None,
+                )
                 if served is None:
                     self._store.machine_retired(app.name, machine.id)
                 else:
