@@ -300,8 +300,8 @@ async def test_a_query_ends_by_its_deadline(opened: Opened, step: Step) -> None:
 
 
 async def test_a_mutation_that_hangs_is_sent_once(opened: Opened) -> None:
-    script, platform = await opened.pair(slow_headers, timeout_s=0.05)
-    with pytest.raises(PlatformUnavailable, match=r"no answer within 0\.05 s; .*not known"):
+    script, platform = await opened.pair(slow_headers, timeout_s=1.0)
+    with pytest.raises(PlatformUnavailable, match=r"no answer within 1 s; .*not known"):
         await release_once(platform)
     assert len(script.requests) == 1
 
