@@ -146,7 +146,9 @@ class Embedded:
     def environment(self, **more: str) -> dict[str, str]:
         """For a command."""
         kept = {name: value for name, value in os.environ.items() if name in KEPT}
-        return {**kept, "HOME": str(self.home), "FLY_BUILD_HOME": str(self.home), **more}
+        # The classic builder announces every line of the Dockerfile as a step of its own.
+        builder = {"FLY_BUILD_BUILDER": "classic"}
+        return {**kept, **builder, "HOME": str(self.home), "FLY_BUILD_HOME": str(self.home), **more}
 
     def elsewhere(self, token: str) -> dict[str, str]:
         """The variables of somebody who has this platform's URL and a token of it, and no more."""

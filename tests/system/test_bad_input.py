@@ -216,7 +216,7 @@ def test_a_token_that_is_no_good(embedded: Embedded, tmp_path: Path, token: str)
     ended = embedded.run("deploy", app(tmp_path / "app", SERVE), **there)
     told(ended, "RB-AUTH-TOKEN", Exit.NOT_LOGGED_IN)
     assert token not in ended.said
-    assert not Path(there["FLY_BUILD_HOME"]).exists()
+    assert not (Path(there["FLY_BUILD_HOME"]) / "selfhost").exists(), "none was started instead"
 
 
 def test_a_second_start_and_a_port_in_use(embedded: Embedded, tmp_path: Path) -> None:
