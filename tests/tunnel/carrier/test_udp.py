@@ -8,31 +8,8 @@ from contextlib import asynccontextmanager
 import pytest
 
 from builder_orch.tunnel.carrier.udp import UdpCarrier
-from builder_orch.tunnel.machine import Datagrams, Endpoint
-
-
-class Received:
-    """What a carrier delivered, cut into datagrams."""
-
-    def __init__(self) -> None:
-        self.datagrams: list[bytes] = []
-        self.sources: set[Endpoint] = set()
-        self.changed = asyncio.Event()
-
-    def deliver(self, octets: memoryview, segment: int, source: Endpoint) -> None:
-        self.datagrams += [
-            bytes(octets[at : at + segment]) for at in range(0, len(octets), segment)
-        ]
-        self.sources.add(source)
-
-    def settled(self) -> None:
-        self.changed.set()
-
-    async def until(self, count: int) -> None:
-        async with asyncio.timeout(10):
-            while len(self.datagrams) < count:
-                self.changed.clear()
-                await self.changed.wait()
+from builder_orch.tunnel.machine import Datagrams
+from tests.tunnel.carrier.gate import Received
 
 
 @asynccontextmanager
@@ -56,7 +33,7 @@ async def test_a_train_arrives_as_its_datagrams(offload: bool) -> None:
     async with joined(offload=offload) as (client, _, received):
         sent = [bytes([number]) * 1452 for number in range(40)] + [b"short"]
         client.send(Datagrams(b"".join(sent), 1452, ("ignored", 0)))
-        await received.until(len(sent))
+        await received.until(lambda: len(received.datagrams) >= len(sent))
         assert received.datagrams == sent
         assert received.sources == {client.endpoint}
 
@@ -66,7 +43,7 @@ async def test_a_full_buffer_delays_but_loses_nothing_that_was_queued() -> None:
         train = Datagrams(bytes(1452) * 40, 1452, server.endpoint)
         for _ in range(20):
             client.send(train)
-        await received.until(800)
+        await received.until(lambda: len(received.datagrams) >= 800)
         assert len(received.datagrams) == 800
         assert not client.blocked
 
