@@ -16,20 +16,20 @@ deploy: ## deploy examples/hello to the platform embedded in this machine
 	@examples/prepare
 	$(FLY_BUILD) deploy examples/hello --create-app $(DEPLOY_FLAGS) </dev/null
 
-test: ## every check and every test; system tests where this machine can run them
+test: ## every check and every test but the long ones; system tests where this machine can run them
 	@workflows/system-packages test
 	@$(MAKE) --no-print-directory $(READY)
 	@examples/prepare || echo "make test: tests that build the examples will be skipped" >&2
-	@workflows/check $(PYTEST_FLAGS)
+	@workflows/check -m 'not long' $(PYTEST_FLAGS)
 
-test-system: ## only the tests with a real engine, real WireGuard and network namespaces
+test-system: ## the tests with a real engine, real WireGuard and namespaces, and all long ones
 	@workflows/system-packages test
 	@$(MAKE) --no-print-directory $(READY)
 	@examples/prepare || echo "make test-system: tests that build the examples will be skipped" >&2
-	.venv/bin/python -m pytest -m system $(PYTEST_FLAGS) </dev/null
+	.venv/bin/python -m pytest -m 'system or long' $(PYTEST_FLAGS) </dev/null
 
 check: $(READY) ## format, lint, types, import contracts and the fast tests
-	@workflows/check -m "not system" $(PYTEST_FLAGS)
+	@workflows/check -m 'not system and not long' $(PYTEST_FLAGS)
 
 bench: $(READY) ## how fast the tunnel is on this machine
 	.venv/bin/python -m bench $(BENCH_FLAGS)

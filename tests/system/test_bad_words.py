@@ -51,7 +51,7 @@ def test_no_secret_is_ever_said(embedded: Embedded, tmp_path: Path) -> None:
         embedded.run("deploy", folder, *words, **embedded.elsewhere(token))
     (gateway,) = embedded.rows("select private_key from authorities where purpose = 'gateway'")
     passwords = (embedded.root / "engine/registry.secret").read_text()
-    secrets = [CANARY, token, token.rpartition("_")[2], embedded.record["token"], passwords]
+    secrets = [CANARY, token, token.split("_", 2)[-1], embedded.record["token"], passwords]
     secrets.append(bytes(gateway[0]).hex())
     texts = [ended.said for ended in embedded.ended]
     texts += [(embedded.root / name).read_text(errors="replace") for name in LOGS]
