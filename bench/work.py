@@ -4,6 +4,7 @@ A stream begins with nine octets: the work ('u' up, 'd' down, 'b' both, 'e' echo
 """
 
 import json
+import os
 import socket
 import statistics
 import struct
@@ -73,7 +74,8 @@ def _drain(sock: socket.socket, expected: int | None = None) -> int:
 
 
 def _send(sock: socket.socket, count: int) -> None:
-    block = memoryview(bytes(BLOCK))
+    # Not zeros, which some ways to sum them find easier than real data.
+    block = memoryview(os.urandom(BLOCK))
     for start in range(0, count, BLOCK):
         sock.sendall(block[: count - start])
 

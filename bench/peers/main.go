@@ -9,6 +9,7 @@ package main
 
 import (
 	"context"
+	"crypto/rand"
 	"encoding/binary"
 	"encoding/json"
 	"fmt"
@@ -179,6 +180,9 @@ func one(ask func(byte, int64) net.Conn, work string, octets int64, result *figu
 // upload sends and ends its direction.
 func upload(stream net.Conn, octets int64) {
 	block := make([]byte, 256<<10)
+	if _, err := rand.Read(block); err != nil {
+		log.Fatal(err)
+	}
 	for left := octets; left > 0; {
 		n, err := stream.Write(block[:min(left, int64(len(block)))])
 		if err != nil {

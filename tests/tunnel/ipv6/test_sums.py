@@ -1,0 +1,36 @@
+"""A train's sums by dot products are those by integers, whatever the payloads."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from builder_orch.tunnel.ipv6 import header
+from builder_orch.tunnel.ipv6.sums import MAX_SIZE, by_integers, by_products, sums
+
+
+@given(st.binary(min_size=1, max_size=4000), st.data())
+def test_both_ways_agree_with_the_sum_of_each_payload(chunk: bytes, data: st.DataObject) -> None:
+    at = data.draw(st.integers(0, len(chunk) - 1))
+    size = data.draw(st.integers(1, len(chunk) - at))
+    count = (len(chunk) - at) // size
+    payloads = [chunk[at + n * size : at + (n + 1) * size] for n in range(count)]
+    expected = [header.total(payload) % 65535 for payload in payloads]
+    for way in (by_products, by_integers, sums):
+        assert [total % 65535 for total in way(chunk, at, size, count)] == expected
+
+
+@pytest.mark.parametrize("size", [1360, 1348, 1220, MAX_SIZE])
+def test_the_largest_octets_do_not_overflow(size: int) -> None:
+    chunk = b"\xff" * (size * 3)
+    assert [total % 65535 for total in by_products(chunk, 0, size, 3)] == [
+        header.total(chunk[:size]) % 65535
+    ] * 3
+
+
+def test_longer_runs_are_refused() -> None:
+    with pytest.raises(ValueError, match="longer"):
+        by_products(bytes(MAX_SIZE + 1), 0, MAX_SIZE + 1, 1)
+
+
+def test_this_processor_multiplies_exactly() -> None:
+    assert sums is by_products
