@@ -12,9 +12,12 @@ from dataclasses import dataclass
 
 from bench.lab import FAR, NEAR, PLAIN_FAR, ROOT, Lab, Path, build_peers, missing
 
-SUBJECTS = ("ours", "inline", "netstack", "kernel-wg", "kernel")
-"""`ours` hosts the tunnel in a process of its own, as commands do; `inline` does not."""
+SUBJECTS = ("ours", "hosted", "netstack", "kernel-wg", "kernel")
+"""`ours` and `netstack` are libraries in the process that uses them; `hosted` is ours in a process
+of its own, as the commands have it."""
 REACHING = ("ours", "netstack", "kernel-wg")
+CARRIERS = ("ours", "websocket")
+"""Both to a gateway of ours: over UDP and over WebSocket."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,11 @@ class Task:
     streams: int = 1
     subjects: tuple[str, ...] = SUBJECTS
     path: Path | None = None
+
+    @property
+    def meets_gateway(self) -> bool:
+        """Whether the far end is a gateway of ours and not wireguard-go."""
+        return self.subjects == CARRIERS
 
 
 def tasks(size: int) -> list[Task]:
@@ -41,8 +49,11 @@ def tasks(size: int) -> list[Task]:
         Task("up, same way, in order", "up", size // 4, 1, REACHING, Path(4)),
         Task("up, 0.1 % lost, 40 ms", "up", size // 16, 1, REACHING, Path(40, loss=0.001)),
         Task("up, 1 % lost, 20 ms", "up", size // 16, 1, REACHING, Path(20, loss=0.01)),
+        Task("up, 20 ms", "up", size // 8, 1, REACHING, Path(20)),
         Task("up, 100 ms", "up", size // 8, 1, REACHING, Path(100)),
-        Task("up, busy thread", "busy-up", size, 1, ("ours", "inline")),
+        Task("up, busy thread", "busy-up", size, 1, ("hosted", "ours")),
+        Task("up, our gateway", "up", size, 1, CARRIERS),
+        Task("down, our gateway", "down", size, 1, CARRIERS),
     ]
 
 
@@ -56,8 +67,9 @@ def run_one(lab: Lab, subject: str, task: Task) -> dict[str, float]:
         assert child.stdin is not None
         child.stdin.write(lab.uapi("near"))
         child.stdin.close()
-    elif subject in {"ours", "inline"}:
-        child = lab.python(lab.near, subject, str(lab.config), FAR, str(lab.ports[FAR]), *words)
+    elif subject in {"ours", "hosted", "websocket"}:
+        config = lab.to_gateway if task.meets_gateway else lab.config
+        child = lab.python(lab.near, subject, str(config), FAR, str(lab.ports[FAR]), *words)
     elif subject == "kernel-wg":
         wireguard = lab.tun(lab.near, NEAR, lab.uapi("near"))
         child = lab.python(lab.near, "kernel", FAR, str(lab.ports[FAR]), *words)
@@ -127,7 +139,14 @@ def ratios(rows: list[dict[str, object]]) -> dict[str, float | None]:
         ),
         "loss01_40ms_vs_netstack": against("up, 0.1 % lost, 40 ms", "MB/s"),
         "loss1_20ms_vs_netstack": against("up, 1 % lost, 20 ms", "MB/s"),
-        "busy_app_vs_idle": ratio(("ours", "up, busy thread", "MB/s"), up),
+        "busy_app_vs_idle": ratio(("hosted", "up, busy thread", "MB/s"), ("hosted", "up", "MB/s")),
+        **{
+            f"websocket_vs_udp_{way}": ratio(
+                ("websocket", f"{way}, our gateway", "MB/s"),
+                ("ours", f"{way}, our gateway", "MB/s"),
+            )
+            for way in ("up", "down")
+        },
     }
 
 
@@ -137,7 +156,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--size", type=int, default=256, help="megabytes for each task")
     parser.add_argument("--only", action="append", help="name of a task; may be repeated")
-    parser.add_argument("--subject", action="append", choices=SUBJECTS)
+    parser.add_argument("--subject", action="append", choices=(*SUBJECTS, "websocket"))
     options = parser.parse_args()
     out = ROOT / "bench/out"
     out.mkdir(exist_ok=True)
@@ -153,7 +172,11 @@ def main() -> int:
         for task in tasks(options.size * 1_000_000):
             if options.only and task.name not in options.only:
                 continue
-            subjects = [name for name in task.subjects if name in (options.subject or SUBJECTS)]
+            subjects = [
+                name
+                for name in task.subjects
+                if name in (options.subject or (*SUBJECTS, *CARRIERS))
+            ]
             rounds: dict[str, list[dict[str, float]]] = {name: [] for name in subjects}
             if task.path is not None:
                 lab.impair(task.path)

@@ -12,12 +12,15 @@ from dataclasses import dataclass, field
 
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
+from bench.subject import WEBSOCKET_PORT
+
 ROOT = pathlib.Path(__file__).parent.parent
 NEAR_HOST, FAR_HOST = "198.18.0.1", "198.18.0.2"
 NEAR, FAR = "fdaa:0:b::2", "fdaa:0:b::3"
 PLAIN_NEAR, PLAIN_FAR = "fdaa:0:c::2", "fdaa:0:c::3"
 UDP_PORT = 51820
 RELAY_PORT = 51821
+GATEWAY_PORT = 51822
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ class Lab:
 
     def open(self) -> None:
         """Make everything."""
-        self.keys = {"near": os.urandom(32), "far": os.urandom(32)}
+        self.keys = {side: os.urandom(32) for side in ("near", "far", "gateway")}
         for name in (self.near, self.far):
             self.ip("netns", "add", name)
             self.ip("-n", name, "link", "set", "lo", "up")
@@ -80,13 +83,37 @@ class Lab:
             self.ip("-n", name, "address", "add", f"{plain}/64", "dev", "v0", "nodad")
             self.ip("-n", name, "link", "set", "v0", "up")
         self.tun(self.far, FAR, self.uapi("far", listen=UDP_PORT))
-        for address in (FAR, PLAIN_FAR):
+        for address in (FAR, PLAIN_FAR, "::1"):
             server = self.python(self.far, "server", address)
             assert server.stdout is not None
             self.ports[address] = int(server.stdout.readline())
         self.config = self.out / "ours.conf"
+        self.gateway_config = self.out / "gateway.conf"
         self.port = UDP_PORT
+        self.gateway()
         self.clear()
+
+    def gateway(self) -> None:
+        """A gateway of ours at the far end, and the configuration that leads to it."""
+        self.gateway_config.write_text(
+            f"[Interface]\nPrivateKey = {_text(self.keys['gateway'])}\nAddress = {FAR}/128\n"
+            f"ListenPort = {GATEWAY_PORT}\n"
+            f"[Peer]\nPublicKey = {_text(public(self.keys['near']))}\nAllowedIPs = {NEAR}/128\n"
+        )
+        child = self.python(
+            self.far,
+            "gateway",
+            str(self.gateway_config),
+            str(self.out / "gateway.pem"),
+            FAR_HOST,
+            str(GATEWAY_PORT),
+            str(WEBSOCKET_PORT),
+            str(self.ports["::1"]),
+        )
+        assert child.stdout is not None
+        child.stdout.readline()
+        self.to_gateway = self.out / "to-gateway.conf"
+        self._write(self.to_gateway, "gateway", GATEWAY_PORT)
 
     def clear(self) -> None:
         """The way is the cable itself again."""
@@ -112,9 +139,12 @@ class Lab:
     def reach(self, port: int) -> None:
         """Have every subject call the far end at this UDP port."""
         self.port = port
-        self.config.write_text(
+        self._write(self.config, "far", port)
+
+    def _write(self, path: pathlib.Path, side: str, port: int) -> None:
+        path.write_text(
             f"[Interface]\nPrivateKey = {_text(self.keys['near'])}\nAddress = {NEAR}/128\n"
-            f"[Peer]\nPublicKey = {_text(public(self.keys['far']))}\n"
+            f"[Peer]\nPublicKey = {_text(public(self.keys[side]))}\n"
             f"AllowedIPs = {FAR}/128\nEndpoint = {FAR_HOST}:{port}\n"
         )
 

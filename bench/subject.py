@@ -1,10 +1,13 @@
 """One subject doing one piece of work in a process of its own; prints its figures as JSON.
 
-usage: subject server ADDRESS | subject kernel ADDRESS PORT WORK OCTETS STREAMS
-       | subject ours|inline CONFIG ADDRESS PORT WORK OCTETS STREAMS
+usage: subject server ADDRESS
+       | subject gateway CONFIG CERTIFICATE HOST PORT WEBSOCKET_PORT BACKEND_PORT
+       | subject kernel ADDRESS PORT WORK OCTETS STREAMS
+       | subject ours|hosted|websocket CONFIG ADDRESS PORT WORK OCTETS STREAMS
 """
 
 import asyncio
+import functools
 import socket
 import sys
 import threading
@@ -13,6 +16,8 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 
 from bench import work
+
+WEBSOCKET_PORT = 8443
 
 
 def kernel(address: str, port: str, kind: str, octets: str, streams: str) -> None:
@@ -24,19 +29,45 @@ def kernel(address: str, port: str, kind: str, octets: str, streams: str) -> Non
     work.measure(time.perf_counter(), dial, kind, int(octets), int(streams))
 
 
+async def gateway(
+    text: str, certificate: str, host: str, port: str, websocket_port: str, backend_port: str
+) -> None:
+    """A gateway as selfhost's, for UDP and WebSocket; leads every stream to the server."""
+    from builder_orch.selfhost.wgtcpd import Certificate, Wgtcpd
+    from builder_orch.tunnel.carrier.udp import UdpCarrier
+    from builder_orch.tunnel.config import TunnelConfig
+    from builder_orch.tunnel.driver import open_tunnel
+
+    async def backend(_remote: object, _local: object) -> socket.socket:
+        sock = socket.socket(socket.AF_INET6)
+        sock.setblocking(False)
+        await asyncio.get_running_loop().sock_connect(sock, ("::1", int(backend_port)))
+        return sock
+
+    carrier = Wgtcpd(UdpCarrier.bind(host, int(port)))
+    await carrier.listen(Certificate.at(Path(certificate)), host, int(websocket_port))
+    async with open_tunnel(TunnelConfig.parse(text), carrier=carrier) as tunnel:
+        tunnel.serve(None, None, backend)
+        print("up", flush=True)
+        await asyncio.Event().wait()
+
+
 async def ours(
     subject: str, text: str, address: str, port: str, kind: str, octets: str, streams: str
 ) -> None:
-    """Our tunnel, in a process of its own or in this one; threads use its streams."""
+    """Our tunnel, in a process of its own (hosted) or in this one; threads use its streams."""
     # Here and not above, so that the other subjects do not pay for it.
+    from builder_orch.tunnel.carrier.choice import Choice
     from builder_orch.tunnel.config import TunnelConfig
     from builder_orch.tunnel.driver import open_tunnel
     from builder_orch.tunnel.hosted import hosting
 
     config = TunnelConfig.parse(text)
     async with AsyncExitStack() as closing:
-        hosted = subject == "ours"
+        hosted = subject == "hosted"
         opener = await closing.enter_async_context(hosting()) if hosted else open_tunnel
+        if subject == "websocket":
+            opener = functools.partial(open_tunnel, choice=Choice("websocket", WEBSOCKET_PORT))
         began = time.perf_counter()
         tunnel = await closing.enter_async_context(opener(config))
 
@@ -71,6 +102,8 @@ def main(arguments: list[str]) -> None:
         work.serve(arguments[1])
     elif arguments[0] == "kernel":
         kernel(*arguments[1:])
+    elif arguments[0] == "gateway":
+        asyncio.run(gateway(Path(arguments[1]).read_text(), *arguments[2:]))
     else:
         asyncio.run(ours(arguments[0], Path(arguments[1]).read_text(), *arguments[2:]))
 

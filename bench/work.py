@@ -15,7 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 HEADER = struct.Struct("!cQ")
-BLOCK = 256 << 10
+BLOCK = 1 << 20
+"""As much as goes through while a busy thread keeps Python to itself for its 5 ms."""
 ECHO = 64
 
 Dial = Callable[[], socket.socket]

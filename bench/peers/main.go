@@ -179,7 +179,7 @@ func one(ask func(byte, int64) net.Conn, work string, octets int64, result *figu
 
 // upload sends and ends its direction.
 func upload(stream net.Conn, octets int64) {
-	block := make([]byte, 256<<10)
+	block := make([]byte, 1<<20)
 	if _, err := rand.Read(block); err != nil {
 		log.Fatal(err)
 	}
@@ -198,7 +198,7 @@ func upload(stream net.Conn, octets int64) {
 }
 
 func download(stream net.Conn, octets int64) {
-	block := make([]byte, 256<<10)
+	block := make([]byte, 1<<20)
 	for left := octets; left > 0; {
 		n, err := stream.Read(block[:min(left, int64(len(block)))])
 		if err != nil {
