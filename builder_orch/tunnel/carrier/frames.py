@@ -11,7 +11,6 @@ measured for its framing alone, half of what the whole tunnel moves over UDP. He
 one string of octets, and what arrives becomes trains again. No I/O, no clock.
 """
 
-from functools import lru_cache
 from struct import Struct
 
 from builder_orch.tunnel.machine import Datagrams, Entropy, Malformed
@@ -41,24 +40,13 @@ class TooLong(Malformed):
 
 def masked(octets: bytes, key: bytes) -> bytes:
     """Octets XORed with the four of `key` over and over; the same again undoes it."""
-    size = len(octets)
-    words = -(-size // 4)
-    mixed = _xored(octets, _ones(0, words, 1), key)
-    return mixed if len(mixed) == size else mixed[:size]
-
-
-def _xored(octets: bytes, ones: tuple[int, int], key: bytes) -> bytes:
-    """By three operations on integers of any length: no loop in Python sees an octet."""
-    pattern, size = ones
-    pattern *= int.from_bytes(key, "little")
-    return (int.from_bytes(octets, "little") ^ pattern).to_bytes(size, "little")
-
-
-@lru_cache(maxsize=64)
-def _ones(head: int, words: int, count: int) -> tuple[int, int]:
-    """For `count` frames, 0 in the octets of their heads and 1 in each word after; its octets."""
-    octets = (bytes(head) + b"\1\0\0\0" * words) * count
-    return int.from_bytes(octets, "little"), len(octets)
+    # Most tunnels never get here, and would pay 27 ms when they start.
+    try:
+        from websockets.speedups import apply_mask
+    except ImportError:
+        # Installed without its compiled part: the same, by integers.
+        from websockets.utils import apply_mask
+    return apply_mask(octets, key)
 
 
 class Framer:
@@ -102,19 +90,24 @@ class Framer:
 
     def _equal(self, octets: memoryview, segment: int, key: bytes) -> list[bytes | memoryview]:
         head = _head(TEXT, 4 + segment, key)
-        front = head + _LENGTH.pack(segment)
+        length = _LENGTH.pack(segment)
         parts: list[bytes | memoryview] = []
-        if key and segment % 4:
+        if not key:
+            for at in range(0, len(octets), segment):
+                parts += (head, length, octets[at : at + segment])
+        elif segment % 4:
             # The key begins anew with each frame, so they cannot be masked together.
             for at in range(0, len(octets), segment):
-                parts += (head, masked(front[len(head) :] + octets[at : at + segment], key))
-            return parts
-        for at in range(0, len(octets), segment):
-            parts += (front, octets[at : at + segment])
-        if not key:
-            return parts
-        count = len(octets) // segment
-        return [_xored(b"".join(parts), _ones(len(head), (4 + segment) // 4, count), key)]
+                parts += (head, masked(length + octets[at : at + segment], key))
+        else:
+            for at in range(0, len(octets), segment):
+                parts += (length, octets[at : at + segment])
+            step = segment + 4
+            view = memoryview(masked(b"".join(parts), key))
+            parts = []
+            for at in range(0, len(view), step):
+                parts += (head, view[at : at + step])
+        return parts
 
 
 def _head(opcode: int, length: int, key: bytes) -> bytes:
