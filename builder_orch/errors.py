@@ -23,6 +23,7 @@ class Exit(IntEnum):
     BUILD_FAILED = 20
     BUILD_TIMEOUT = 21
     CONTEXT_REFUSED = 22
+    CONTEXT_CHANGED = 23
     PUSH_TRANSPORT = 30
     PUSH_DENIED = 31
     RELEASE_FAILED = 40
@@ -135,12 +136,59 @@ class EngineMissing(BuilderOrchError):
 
 
 class TunnelNotUp(BuilderOrchError):
-    """The WireGuard handshake or the first answer inside the tunnel did not come in time."""
+    """The WireGuard handshake or the first answer inside the tunnel did not come in time.
+
+    Where the evidence says more, it is one of the classes below.
+    """
 
     kind = "RB-TUNNEL"
     code = Exit.TUNNEL_NOT_UP
     blame = Blame.NETWORK
     retryable = True
+
+
+class AgentFailed(BuilderOrchError):
+    """The agent does not start, does not answer or is of another time than this command."""
+
+    kind = "RB-AGENT"
+    code = Exit.TUNNEL_NOT_UP
+    blame = Blame.TOOL
+    retryable = True
+
+
+class PeerUnknown(TunnelNotUp):
+    """The platform itself says that it does not know our peer (any more)."""
+
+    kind = "RB-PEER-UNKNOWN"
+    blame = Blame.PLATFORM
+
+
+class PeerNotInstalled(TunnelNotUp):
+    """The gateway hears us and does not answer: it was not told of our peer in time."""
+
+    kind = "RB-PEER-NOT-INSTALLED"
+    blame = Blame.PLATFORM
+
+
+class UdpBlocked(TunnelNotUp):
+    """Nothing that we send gets to the gateway, or nothing comes back."""
+
+    kind = "RB-UDP-BLOCKED"
+    retryable = False
+
+
+class GatewayDown(TunnelNotUp):
+    """The gateway's host refuses us, or the platform says that the gateway does not work."""
+
+    kind = "RB-GATEWAY-DOWN"
+    blame = Blame.PLATFORM
+
+
+class ResolverDown(TunnelNotUp):
+    """The gateway answers, but names inside are not resolved."""
+
+    kind = "RB-TUNNEL-DNS"
+    blame = Blame.PLATFORM
 
 
 class BuilderLost(BuilderOrchError):
@@ -184,11 +232,28 @@ class BuildTimedOut(BuilderOrchError):
     blame = Blame.YOU
 
 
+class BuildStalled(BuilderOrchError):
+    """The engine answers, but the build came no further for the time that it was given."""
+
+    kind = "RB-BUILD-STALL"
+    code = Exit.BUILD_TIMEOUT
+    blame = Blame.BUILDER
+    retryable = True
+
+
 class ContextRefused(BuilderOrchError):
     """The build context cannot be sent: a file is unreadable, special or changed meanwhile."""
 
     kind = "RB-CONTEXT"
     code = Exit.CONTEXT_REFUSED
+    blame = Blame.YOU
+
+
+class ContextChanged(BuilderOrchError):
+    """The build context is not what its context.lock says."""
+
+    kind = "RB-CONTEXT-LOCK"
+    code = Exit.CONTEXT_CHANGED
     blame = Blame.YOU
 
 

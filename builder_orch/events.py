@@ -42,20 +42,69 @@ class PhaseFailed:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One step of a Dockerfile as the engine announces it."""
+    """One step of a Dockerfile as the engine announces it, and in which stage if it says so."""
 
     number: int
     total: int
     name: str
     cached: bool = False
+    stage: str = field(default="", compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class StepFinished:
+    """A step came to its end, well or not; `elapsed_s` is what it took by the engine's clock if
+    that says so, else by ours."""
+
+    step: Step
+    elapsed_s: float
 
 
 @dataclass(frozen=True, slots=True)
 class Log:
-    """A line of somebody else's output (a build step, the engine); untrusted text."""
+    """A line of somebody else's output (a build step, the engine); untrusted text.
+
+    `step` is the one that printed it, as far as anybody knows.
+    """
 
     text: str
     stream: str = "stdout"
+    step: Step | None = field(default=None, compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStatus:
+    """A message of BuildKit's status stream, as it came; the events after it say the same."""
+
+    octets: bytes = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class ContextWeighed:
+    """How much may be sent, and which paths make most of it, the largest first.
+
+    `unused` is how many octets no step of the Dockerfile can reach.
+    """
+
+    files: int
+    octets: int
+    largest: tuple[tuple[str, int], ...] = ()
+    unused: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Rebuilt:
+    """Why a step was not taken from the cache, as far as the last good build from here tells.
+
+    `paths` are files that changed and that the step takes, `more` how many are not named.
+    `cost_s` is what this step and those after it took that were built anew because of it.
+    """
+
+    step: Step
+    cause: str
+    paths: tuple[str, ...] = ()
+    more: int = 0
+    cost_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,10 +139,11 @@ class Transport:
 
 @dataclass(frozen=True, slots=True)
 class Warned:
-    """Something the user should know that stops nothing."""
+    """Something the user should know that stops nothing; `line` is one of the Dockerfile, or 0."""
 
     id: str
     message: str
+    line: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +163,11 @@ Event = (
     | PhaseFinished
     | PhaseFailed
     | Step
+    | StepFinished
     | Log
+    | EngineStatus
+    | ContextWeighed
+    | Rebuilt
     | Progress
     | Retry
     | Transport

@@ -134,6 +134,22 @@ class Environment:
         base = Path(home) if home else platformdirs.user_data_path("fly-build")
         return base / "selfhost"
 
+    def agent_folder(self) -> Path:
+        """Where this user's agent has its socket, its lock and the peers that commands share."""
+        home, _ = self.first("FLY_BUILD_HOME")
+        runtime, _ = self.first("XDG_RUNTIME_DIR")
+        if home:
+            return Path(home) / "agent"
+        if runtime and _is_own(Path(runtime)):
+            return Path(runtime) / "fly-build"
+        return platformdirs.user_data_path("fly-build") / "agent"
+
+    def docker_config(self) -> Path:
+        """Where `docker login` keeps what it was told; it need not be there."""
+        folder, _ = self.first("DOCKER_CONFIG")
+        home, _ = self.first("HOME")
+        return (Path(folder) if folder else Path(home or "/") / ".docker") / "config.json"
+
     def app(self, flag: str, project: Project) -> str:
         """Which app; UsageFailure when nobody says."""
         name = flag or self.first("FLY_APP")[0] or project.app
@@ -238,6 +254,14 @@ def _graphql(url: str) -> str:
     if parts.scheme not in {"http", "https"} or not parts.hostname:
         raise UsageFailure(f"{url!r} is not a URL", hint="Write it as https://host/graphql.")
     return url.rstrip("/") + "/graphql" if parts.path in {"", "/"} else url
+
+
+def _is_own(folder: Path) -> bool:
+    """After sudo or su a variable may still name a directory of the user before."""
+    try:
+        return folder.stat().st_uid == os.geteuid()
+    except OSError:
+        return False
 
 
 def _is_alive(pid: int) -> bool:

@@ -7,6 +7,7 @@ from functools import cache, partial
 from importlib.resources import files
 from ipaddress import IPv6Address
 from ssl import SSLContext
+from time import time as wall_clock
 from types import TracebackType
 from typing import Final, Self
 from uuid import uuid4
@@ -19,12 +20,14 @@ from graphql import DocumentNode, OperationDefinitionNode, OperationType, parse,
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_attempt
 from tenacity.wait import wait_base
 
+from builder_orch.api import clock
 from builder_orch.api.failures import Trouble, from_errors, from_transport
 from builder_orch.api.models import (
     Answer,
     App,
     Build,
     Builder,
+    Granted,
     Organization,
     Peer,
     Region,
@@ -36,11 +39,14 @@ from builder_orch.errors import (
     AppUnknown,
     BuilderOrchError,
     NotAllowed,
+    NotLoggedIn,
     PlatformRefused,
     PlatformUnavailable,
     UsageFailure,
 )
-from builder_orch.events import Emit, Retry
+from builder_orch.events import Emit, Retry, Warned
+
+Failure = BuilderOrchError | Trouble
 
 TRIES: Final = 3
 CALL_LIMIT_S: Final = 60.0
@@ -123,10 +129,11 @@ class Platform:
         self._emit = emit
         self._sleep = sleep
         self._transport: AIOHTTPTransport | None = None
+        self._skew_s: float | None = None
 
     async def __aenter__(self) -> Self:
         self._transport = open_transport(
-            self._url, self._token, proxy=self._proxy, trust=self._trust
+            self._url, self._token, proxy=self._proxy, trust=self._trust, dated=self._note_date
         )
         await self._transport.connect()
         return self
@@ -143,10 +150,14 @@ class Platform:
 
     # --- organizations and apps
 
+    async def organizations(self) -> list[Organization]:
+        """All that the token reaches."""
+        answer = await self._call("Organizations", {})
+        return [Organization.parse(node) for node in answer.nodes("organizations")]
+
     async def organization(self, slug: str | None) -> Organization:
         """The organization of that slug; None: the personal one, or the only one there is."""
-        answer = await self._call("Organizations", {})
-        found = [Organization.parse(node) for node in answer.nodes("organizations")]
+        found = await self.organizations()
         if slug is not None:
             chosen = [one for one in found if slug in {one.slug, one.raw_slug}]
         else:
@@ -211,7 +222,25 @@ class Platform:
         answer = await self._mutate("ValidateWireGuardPeers", {"peerIps": list(asked)})
         return [asked[text] for text in answer.texts("invalidPeerIps") if text in asked]
 
+    async def peers(self, organization: Organization) -> list[Granted]:
+        """All keys that are let into the organization's network."""
+        answer = await self._call("FindPeers", {"slug": organization.slug})
+        if not answer.has("organization"):
+            raise NotAllowed(
+                f"the platform shows no organization {organization.slug!r}",
+                hint="check its name, and that the token reaches it",
+            )
+        return [Granted.parse(node) for node in answer.at("organization").nodes("wireGuardPeers")]
+
     # --- builder and builds
+
+    async def machine_state(self, app_name: str, machine_id: str) -> str:
+        """What the platform says of a machine, as `started`; "" when it has no such machine."""
+        answer = await self._call("FindMachines", {"app": app_name})
+        if not answer.has("app"):
+            return ""
+        found = {node.text("id"): node.text("state") for node in answer.at("app").nodes("machines")}
+        return found.get(machine_id, "")
 
     async def ensure_builder(self, app: App, region: str | None) -> Builder:
         """The machine that builds for the app's organization; made or started if need be."""
@@ -376,10 +405,22 @@ class Platform:
         try:
             result = await self._transport.execute(request, extra_args=arguments)
         except TransportError as error:
-            raise from_transport(error) from error
+            raise self._explained(from_transport(error)) from error
         if result.errors:
-            raise from_errors(result.errors)
+            raise self._explained(from_errors(result.errors))
         return result.data
+
+    def _note_date(self, date: str | None) -> None:
+        """Compare clocks with each answer; a difference that matters is told once."""
+        before, self._skew_s = self._skew_s, clock.skew(date, wall_clock())
+        news = clock.is_skewed(self._skew_s) and not clock.is_skewed(before)
+        if news and self._skew_s is not None and self._emit is not None:
+            self._emit(Warned("clock-skew", clock.told(self._skew_s)))
+
+    def _explained(self, failure: Failure) -> Failure:
+        if isinstance(failure, NotLoggedIn):
+            return clock.explained(failure, self._skew_s)
+        return failure
 
     def _announce(self, operation: str, state: RetryCallState) -> None:
         if self._emit is None or state.outcome is None or state.next_action is None:

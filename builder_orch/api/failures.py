@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from ssl import SSLCertVerificationError
 from typing import Final
 
@@ -40,7 +41,10 @@ _REACH: Final = "check the API URL, the network and any proxy between"
 _LOGIN: Final = (
     "give a token that is still valid in FLY_BUILD_TOKEN, or in the file FLY_BUILD_TOKEN_FILE names"
 )
-_CLOCK: Final = "a certificate looks outside its time: check this machine's date and clock"
+_CLOCK: Final = (
+    "clock skew? If that is not the date and time now, set this machine's clock, best by the "
+    "network: timedatectl set-ntp true. If it is, those who run the platform must renew it"
+)
 _TRUST: Final = (
     "the server's certificate is not one that this machine trusts; somebody may be listening in, "
     "or a private authority is missing (SSL_CERT_FILE)"
@@ -260,5 +264,10 @@ def _from_certificate(error: Exception) -> Trouble:
     if isinstance(error, SSLCertVerificationError):
         words = printable(error.verify_message or words)
         if error.verify_code in _OUTSIDE_ITS_TIME:
+            words += f" by this machine's clock, which says {_now():%Y-%m-%d %H:%M} UTC"
             hint = _CLOCK
     return Trouble(f"the server's certificate: {words}", sent=False, hint=hint, lasting=True)
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)

@@ -293,15 +293,37 @@ class App:
 
 @dataclass(frozen=True, slots=True)
 class Region:
-    """A place with a gateway."""
+    """A place with a gateway, and whether the platform says that this one works."""
 
     code: str
     name: str
+    available: bool = True
 
     @classmethod
     def parse(cls, answer: Answer) -> Self:
-        """From `{code name}`."""
-        return cls(code=answer.text("code"), name=answer.text("name"))
+        """From `{code name gatewayAvailable}`."""
+        available = not answer.has("gatewayAvailable") or answer.flag("gatewayAvailable")
+        return cls(code=answer.text("code"), name=answer.text("name"), available=available)
+
+
+@dataclass(frozen=True, slots=True)
+class Granted:
+    """A peer as the platform lists it; `key` is the peer's own."""
+
+    name: str
+    address: IPv6Address
+    key: PublicKey
+    region: str
+
+    @classmethod
+    def parse(cls, answer: Answer) -> Self:
+        """From `{name peerip pubkey region}`."""
+        return cls(
+            name=answer.text("name"),
+            address=answer.address("peerip"),
+            key=answer.key("pubkey"),
+            region=answer.maybe_text("region"),
+        )
 
 
 @dataclass(frozen=True, slots=True)

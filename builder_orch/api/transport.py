@@ -1,5 +1,6 @@
 """One HTTP exchange: the token for one origin only, no redirects, an answer of bounded size."""
 
+from collections.abc import Callable
 from email.utils import parsedate_to_datetime
 from ipaddress import ip_address
 from ssl import SSLContext
@@ -7,7 +8,7 @@ from time import time
 from typing import Final
 
 from aiohttp import ClientHandlerType, ClientRequest, ClientResponse, DummyCookieJar, TCPConnector
-from aiohttp.hdrs import AUTHORIZATION, RETRY_AFTER
+from aiohttp.hdrs import AUTHORIZATION, DATE, RETRY_AFTER
 from gql.transport.aiohttp import AIOHTTPTransport
 from yarl import URL
 
@@ -93,11 +94,17 @@ class _Bounded(ClientResponse):
 
 
 def open_transport(
-    url: URL, token: Secret, *, proxy: str | None = None, trust: SSLContext | None = None
+    url: URL,
+    token: Secret,
+    *,
+    proxy: str | None = None,
+    trust: SSLContext | None = None,
+    dated: Callable[[str | None], None] = lambda _: None,
 ) -> AIOHTTPTransport:
     """gql's transport, still to be connected; needs a running loop.
 
-    Certificates are always checked, against `trust` or else what the system trusts.
+    Certificates are always checked, against `trust` or else what the system trusts. `dated` is
+    given the Date of each answer.
     """
     value = authorization(token)
     origin = url.origin()
@@ -108,6 +115,7 @@ def open_transport(
             raise Elsewhere("the request would have left for another host")
         request.headers[AUTHORIZATION] = value.reveal()
         response = await handler(request)
+        dated(response.headers.get(DATE))
         try:
             await _judge(response)
         except BaseException:
