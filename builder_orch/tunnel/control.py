@@ -11,6 +11,8 @@ one descriptor (SCM_RIGHTS). The two sides share a socket pair; nobody else can 
                     {"id": n, "do": "ready", "timeout_s": s}
                     {"id": n, "do": "drops"}
                     {"id": n, "do": "route"}
+                    {"id": n, "do": "signs"}
+                    {"id": n, "do": "twin"}      answered when there is one
                     {"id": n, "do": "moved", "from": [kind, endpoint, why]}
     from the host   {"id": n, "result": value}   for dial "descriptor", which comes with it
                     {"id": n, "reason": text}    any number of times before the end of `ready`

@@ -5,6 +5,7 @@ import os
 import socket
 import struct
 import time
+from collections import defaultdict
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from ipaddress import AddressValueError, IPv6Address
@@ -13,9 +14,11 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from builder_orch.errors import TunnelNotUp
 from builder_orch.tunnel.capture import Capture
-from builder_orch.tunnel.carrier import Carrier, Route
+from builder_orch.tunnel.carrier import Carrier, Route, Sign
 from builder_orch.tunnel.carrier.choice import Choice, open_carrier
+from builder_orch.tunnel.carrier.families import UdpFamilies
 from builder_orch.tunnel.carrier.race import RaceCarrier
+from builder_orch.tunnel.carrier.udp import UdpCarrier
 from builder_orch.tunnel.carrier.websocket import WebSocketCarrier
 from builder_orch.tunnel.config import PeerConfig, PublicKey, TunnelConfig
 from builder_orch.tunnel.ipv6.connection import Connection
@@ -30,10 +33,9 @@ from builder_orch.tunnel.ipv6.events import (
     Writable,
 )
 from builder_orch.tunnel.ipv6.stack import Stack
-from builder_orch.tunnel.ipv6.state import End
 from builder_orch.tunnel.machine import Address, Endpoint
 from builder_orch.tunnel.stamps import Stamps
-from builder_orch.tunnel.stream import Splice, loopback_pair, reset
+from builder_orch.tunnel.stream import Splice, failed, loopback_pair, reset
 from builder_orch.tunnel.wireguard.interface import (
     EndpointMoved,
     HandshakeStarted,
@@ -41,9 +43,12 @@ from builder_orch.tunnel.wireguard.interface import (
     PeerStatus,
     SessionStarted,
 )
+from builder_orch.tunnel.wireguard.twin import Twin
 
 PING_PAYLOAD = bytes(range(32))
 BACKEND_TIMEOUT_S = 10.0
+OVERDUE_S = 1.0
+"""How long an answer to a handshake may take before somebody is told of waiting for it."""
 KEEPALIVE_S = 30.0
 """Silence after which a peer is asked whether it is still there: the only way to notice that an
 idle one has gone, and that the far side of a half-closed stream was lost."""
@@ -55,15 +60,6 @@ Answer = Callable[[bytes, Address], bytes | None]
 
 Dial = Callable[[str, int], Awaitable[socket.socket]]
 DialBlocking = Callable[[str, int], socket.socket]
-
-_ENDS: dict[End, tuple[type[OSError], str]] = {
-    End.REFUSED: (ConnectionRefusedError, "refused: nothing listens there"),
-    End.RESET: (ConnectionResetError, "reset by the far end"),
-    End.TIMED_OUT: (TimeoutError, "no answer in time"),
-    End.UNREACHABLE: (OSError, "unreachable inside the network"),
-    End.ABORTED: (ConnectionAbortedError, "given up on this side"),
-    End.FINISHED: (ConnectionResetError, "closed while connecting"),
-}
 
 
 def boot_time() -> float:
@@ -118,6 +114,8 @@ class Tunnel:
         self._echoes: dict[tuple[bytes, int, int], asyncio.Future[None]] = {}
         self._established: dict[PublicKey, asyncio.Event] = {}
         self._attempts = 0
+        self._twins: defaultdict[PublicKey, Twin] = defaultdict(Twin)
+        self._usurped = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._moved = asyncio.Event()
         self._race = carrier if isinstance(carrier, RaceCarrier) else None
@@ -125,6 +123,9 @@ class Tunnel:
             self._race.changed = self._moved.set
         if isinstance(carrier, RaceCarrier | WebSocketCarrier):
             carrier.probe = self._probe
+        self._hears = carrier if isinstance(carrier, RaceCarrier | UdpFamilies) else None
+        if isinstance(carrier, RaceCarrier | UdpCarrier | UdpFamilies):
+            carrier.relocated = self._announce
         carrier.start(self._deliver, self.pump)
 
     @property
@@ -136,9 +137,23 @@ class Tunnel:
         """What is known of each peer."""
         return self._interface.status(boot_time())
 
+    @property
+    def streams(self) -> int:
+        """How many connections are open, whoever has their other ends."""
+        return len(self._splices)
+
     async def route(self) -> Route:
         """How the gateway is reached now, and why so."""
         return self._carrier.route()
+
+    async def signs(self) -> tuple[Sign, ...]:
+        """What each way to the gateway that was tried looks like."""
+        return self._carrier.signs()
+
+    async def twin(self) -> None:
+        """Wait until it is clear that somebody else uses our key: sessions get lost, again and
+        again, though each handshake is answered."""
+        await self._usurped.wait()
 
     async def moved(self, route: Route) -> Route:
         """Wait until the gateway is reached in another way than `route`, and tell which."""
@@ -233,7 +248,8 @@ class Tunnel:
     ) -> float:
         """Wait until the first peer has answered a handshake; seconds it took.
 
-        `report` is told the current reason whenever it changes. TunnelNotUp after `timeout_s`.
+        `report` is told the current reason whenever it changes, once an answer is overdue.
+        TunnelNotUp after `timeout_s`; the handshake goes on, and may be waited for again.
         """
         peer = self._config.peers[0]
         established = self._established.setdefault(peer.public_key, asyncio.Event())
@@ -242,7 +258,8 @@ class Tunnel:
         while not established.is_set():
             elapsed = boot_time() - began
             reason = self._carrier.waiting(max(1, self._attempts))
-            if reason != said:
+            overdue = elapsed >= OVERDUE_S or self._attempts > 1 or self._carrier.refusals
+            if overdue and reason != said:
                 report(reason)
                 said = reason
             if elapsed >= timeout_s:
@@ -265,6 +282,11 @@ class Tunnel:
         if self._config.dns is not None:
             self._stack.ping(self._config.dns.packed, 0, 0, PING_PAYLOAD)
             self.pump()
+
+    def _announce(self) -> None:
+        """Tell the peers where we are now, without asking for an answer."""
+        self._interface.announce(boot_time())
+        self.pump()
 
     # -- being reached --------------------------------------------------------------------------
 
@@ -337,17 +359,20 @@ class Tunnel:
             match told:
                 case SessionStarted(public_key=key, endpoint=endpoint):
                     began.add(key)
-                    if self._race is not None:
-                        self._race.heard(endpoint, session=True)
+                    if self._hears is not None:
+                        self._hears.heard(endpoint, session=True)
                     self._attempts = 0
+                    if told.attempt and self._twins[key].began(now):
+                        self._usurped.set()
                     self._established.setdefault(key, asyncio.Event()).set()
-                case HandshakeStarted(attempt=attempt):
-                    self._attempts = attempt
+                case HandshakeStarted():
+                    # Not the core's own count, which begins anew where it has given up.
+                    self._attempts += 1
                     if self._stamps is not None:
                         # Before it leaves: a stamp that was sent must not be forgotten.
                         self._stamps.keep(self._epoch + now)
-                case EndpointMoved(endpoint=endpoint) if self._race is not None:
-                    self._race.heard(endpoint, session=False)
+                case EndpointMoved(endpoint=endpoint) if self._hears is not None:
+                    self._hears.heard(endpoint, session=False)
                 case _:
                     pass
         if began:
@@ -413,8 +438,7 @@ class Tunnel:
     def _ended(self, connection: Connection) -> None:
         opening = self._opening.get(connection)
         if opening is not None and not opening.done():
-            kind, text = _ENDS[connection.end or End.RESET]
-            opening.set_exception(kind(text))
+            opening.set_exception(failed(connection.end))
         splice = self._splices.get(connection)
         if splice is not None:
             splice.ended()

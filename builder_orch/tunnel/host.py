@@ -9,8 +9,10 @@ import signal
 import socket
 import sys
 from collections.abc import AsyncGenerator
+from functools import partial
 from ipaddress import IPv6Address
 from pathlib import Path
+from typing import Protocol
 
 from builder_orch.errors import TunnelNotUp
 from builder_orch.tunnel import control
@@ -33,12 +35,18 @@ FAILURES: tuple[tuple[type[Exception], str], ...] = (
 """How failures are named between the processes; the first that fits."""
 
 
+class Answer(Protocol):
+    """Sends a message; a descriptor is duplicated, the caller still owns its own."""
+
+    def __call__(self, message: Message, descriptor: int | None = None) -> None: ...
+
+
 class Host:
     """Carries out requests for one tunnel, each in a task of its own."""
 
-    def __init__(self, tunnel: Tunnel, sock: socket.socket) -> None:
+    def __init__(self, tunnel: Tunnel, answer: Answer) -> None:
         self._tunnel = tunnel
-        self._socket = sock
+        self._answer = answer
 
     async def attend(self, request: Message) -> None:
         """Carry out one request and answer it."""
@@ -46,36 +54,40 @@ class Host:
         try:
             await self._do(request, number)
         except tuple(kind for kind, _ in FAILURES) as error:
-            answer(self._socket, failure(number, error))
+            self._answer(failure(number, error))
 
     async def _do(self, request: Message, number: object) -> None:
         tunnel, timeout_s = self._tunnel, float(str(request.get("timeout_s", 30.0)))
         match request:
             case {"do": "dial", "host": str(host), "port": int(port)}:
                 with await tunnel.dial(host, port, timeout_s=timeout_s) as sock:
-                    answer(
-                        self._socket, {"id": number, "result": control.DESCRIPTOR}, sock.fileno()
-                    )
+                    self._answer({"id": number, "result": control.DESCRIPTOR}, sock.fileno())
             case {"do": "resolve", "name": str(name)}:
                 found = await tunnel.resolve(name)
-                answer(self._socket, {"id": number, "result": [str(address) for address in found]})
+                self._answer({"id": number, "result": [str(address) for address in found]})
             case {"do": "ping", "address": str(address)}:
                 took = await tunnel.ping(IPv6Address(address), timeout_s=timeout_s)
-                answer(self._socket, {"id": number, "result": took})
+                self._answer({"id": number, "result": took})
             case {"do": "ready"}:
 
                 def report(reason: str) -> None:
-                    answer(self._socket, {"id": number, "reason": reason})
+                    self._answer({"id": number, "reason": reason})
 
                 took = await tunnel.ready(timeout_s=timeout_s, report=report)
-                answer(self._socket, {"id": number, "result": took})
+                self._answer({"id": number, "result": took})
             case {"do": "route"}:
-                answer(self._socket, {"id": number, "result": list(await tunnel.route())})
+                self._answer({"id": number, "result": list(await tunnel.route())})
+            case {"do": "signs"}:
+                signs = await tunnel.signs()
+                self._answer({"id": number, "result": [list(sign) for sign in signs]})
+            case {"do": "twin"}:
+                await tunnel.twin()
+                self._answer({"id": number, "result": None})
             case {"do": "moved", "from": [str(kind), str(where), str(why)]}:
                 route = await tunnel.moved(Route(kind, where, why))
-                answer(self._socket, {"id": number, "result": list(route)})
+                self._answer({"id": number, "result": list(route)})
             case {"do": "drops"}:
-                answer(self._socket, {"id": number, "result": tunnel.drops()})
+                self._answer({"id": number, "result": tunnel.drops()})
             case _:
                 raise OSError("the host does not know this request")
 
@@ -128,7 +140,7 @@ async def serve(sock: socket.socket) -> None:
                 answer(sock, failure(number, error))
                 return
             answer(sock, {"id": number, "result": None})
-            await _carry_out(Host(tunnel, sock), asked)
+            await _carry_out(Host(tunnel, partial(answer, sock)), asked)
         return
 
 

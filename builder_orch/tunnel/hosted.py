@@ -19,7 +19,7 @@ from pathlib import Path
 
 from builder_orch.errors import TunnelNotUp
 from builder_orch.tunnel import control
-from builder_orch.tunnel.carrier import Route
+from builder_orch.tunnel.carrier import Route, Sign
 from builder_orch.tunnel.carrier.choice import Choice
 from builder_orch.tunnel.config import TunnelConfig
 from builder_orch.tunnel.control import Inbox, Message
@@ -56,12 +56,12 @@ class HostedTunnel:
         # Over the pair and not by argument: the configuration holds the private key, the choice
         # perhaps a proxy's password.
         request: Message = {"do": "open", "config": config.dump(), "carrier": choice.dump()}
-        await self._ask({**request, "capture": str(capture) if capture else ""})
+        await self.ask({**request, "capture": str(capture) if capture else ""})
 
     async def dial(self, host: str, port: int, *, timeout_s: float = 30.0) -> socket.socket:
         """As `Tunnel.dial`."""
         request: Message = {"do": "dial", "host": host, "port": port, "timeout_s": timeout_s}
-        descriptor = await self._ask(request)
+        descriptor = await self.ask(request)
         assert isinstance(descriptor, int)
         return socket.socket(fileno=descriptor)
 
@@ -72,41 +72,52 @@ class HostedTunnel:
 
     async def resolve(self, name: str) -> list[IPv6Address]:
         """As `Tunnel.resolve`."""
-        found = await self._ask({"do": "resolve", "name": name})
+        found = await self.ask({"do": "resolve", "name": name})
         assert isinstance(found, list)
         return [IPv6Address(address) for address in found]
 
     async def ping(self, address: IPv6Address, *, timeout_s: float = 5.0) -> float:
         """As `Tunnel.ping`."""
         request: Message = {"do": "ping", "address": str(address), "timeout_s": timeout_s}
-        return float(str(await self._ask(request)))
+        return float(str(await self.ask(request)))
 
     async def ready(
         self, *, timeout_s: float, report: Callable[[str], None] = lambda _: None
     ) -> float:
         """As `Tunnel.ready`."""
-        took = await self._ask({"do": "ready", "timeout_s": timeout_s}, report)
+        took = await self.ask({"do": "ready", "timeout_s": timeout_s}, report)
         return float(str(took))
 
     async def route(self) -> Route:
         """As `Tunnel.route`."""
-        route = await self._ask({"do": "route"})
+        route = await self.ask({"do": "route"})
         assert isinstance(route, list)
         return Route(*map(str, route))
 
+    async def signs(self) -> tuple[Sign, ...]:
+        """As `Tunnel.signs`."""
+        found = await self.ask({"do": "signs"})
+        assert isinstance(found, list)
+        return tuple(Sign(*map(str, sign)) for sign in found)
+
+    async def twin(self) -> None:
+        """As `Tunnel.twin`."""
+        await self.ask({"do": "twin"})
+
     async def moved(self, route: Route) -> Route:
         """As `Tunnel.moved`."""
-        found = await self._ask({"do": "moved", "from": list(route)})
+        found = await self.ask({"do": "moved", "from": list(route)})
         assert isinstance(found, list)
         return Route(*map(str, found))
 
     async def drops(self) -> dict[str, int]:
         """How many packets each core threw away, by reason."""
-        drops = await self._ask({"do": "drops"})
+        drops = await self.ask({"do": "drops"})
         assert isinstance(drops, dict)
         return {str(reason): int(count) for reason, count in drops.items()}
 
-    async def _ask(self, request: Message, report: Callable[[str], None] | None = None) -> object:
+    async def ask(self, request: Message, report: Callable[[str], None] | None = None) -> object:
+        """Have a request carried out there; its result, or its failure raised."""
         if self._gone:
             raise _lost()
         number = next(self._numbers)

@@ -209,3 +209,19 @@ class Splice:
     def _forget(self) -> None:
         self._listen(reading=False, writing=False)
         self.closed = True
+
+
+_ENDS: dict[End, tuple[type[OSError], str]] = {
+    End.REFUSED: (ConnectionRefusedError, "refused: nothing listens there"),
+    End.RESET: (ConnectionResetError, "reset by the far end"),
+    End.TIMED_OUT: (TimeoutError, "no answer in time"),
+    End.UNREACHABLE: (OSError, "unreachable inside the network"),
+    End.ABORTED: (ConnectionAbortedError, "given up on this side"),
+    End.FINISHED: (ConnectionResetError, "closed while connecting"),
+}
+
+
+def failed(end: End | None) -> OSError:
+    """Why a connection did not come to be, in Python's own words."""
+    kind, text = _ENDS[end or End.RESET]
+    return kind(text)

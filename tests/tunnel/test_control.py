@@ -12,7 +12,12 @@ from builder_orch.tunnel import control
 from builder_orch.tunnel.control import Inbox
 from builder_orch.tunnel.machine import Malformed
 
-values = st.recursive(st.none() | st.booleans() | st.integers() | st.text(), st.lists)
+texts = st.text(max_size=20)
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | texts,
+    lambda inner: st.lists(inner, max_size=5),
+    max_leaves=10,
+)
 
 
 @pytest.fixture
@@ -23,7 +28,9 @@ def ends() -> Iterator[tuple[socket.socket, socket.socket]]:
         yield near, far
 
 
-@given(st.lists(st.dictionaries(st.text(), values), min_size=1, max_size=5), st.integers(1, 7))
+@given(
+    st.lists(st.dictionaries(texts, values, max_size=5), min_size=1, max_size=5), st.integers(1, 7)
+)
 def test_messages_arrive_as_they_were_however_they_are_cut(
     sent: list[dict[str, object]], size: int
 ) -> None:

@@ -17,6 +17,23 @@ class Route(NamedTuple):
     why: str
 
 
+OPEN, SILENT, REFUSED, BARRED, FAILED = "open", "silent", "refused", "barred", "failed"
+
+
+class Sign(NamedTuple):
+    """What one way to the gateway (udp, websocket) looks like from here.
+
+    `state` is open (a connection stands, so what we send gets there), silent, refused (the far host
+    says that nobody listens), barred (this machine or a router does not let us) or failed, for the
+    reason in `said`.
+    """
+
+    kind: str
+    state: str
+    where: str
+    said: str = ""
+
+
 class Carrier(Protocol):
     """Moves datagrams between here and the gateway; opened by its maker, closed by the driver."""
 
@@ -44,6 +61,10 @@ class Carrier(Protocol):
 
     def waiting(self, attempt: int) -> str:
         """What stands between us and an answer to handshake `attempt`, in a few words."""
+        ...
+
+    def signs(self) -> tuple[Sign, ...]:
+        """What each way that was tried looks like."""
         ...
 
     def close(self) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from builder_orch.errors import TunnelNotUp
 from builder_orch.tunnel.carrier import Carrier
+from builder_orch.tunnel.carrier.families import UdpFamilies
 from builder_orch.tunnel.carrier.memory import Memory
 from builder_orch.tunnel.carrier.proxy import Outside, ProxyRefused
 from builder_orch.tunnel.carrier.race import RaceCarrier
@@ -75,26 +76,24 @@ async def open_carrier(config: TunnelConfig, choice: Choice) -> tuple[TunnelConf
     """
     named = [peer.endpoint for peer in config.peers if peer.endpoint is not None]
     if len(config.peers) != 1 or not named or config.listen_port:
-        config = _with([await _numeric(endpoint) for endpoint in named], config)
+        config = _with([(await _numeric(endpoint))[0] for endpoint in named], config)
         return config, _bound(config)
     if choice.kind == UDP:
-        config = _with([await _numeric(named[0])], config)
-        return config, _connected(config)
+        udp = _connected(await _numeric(named[0]))
+        return _at(udp, config), udp
     host, _ = named[0]
     gate = Gate(host, choice.port, choice.pin)
     if choice.kind == WEBSOCKET:
         return config, WebSocketCarrier(gate, choice.outside, why="asked for")
     try:
-        config = _with([await _numeric(named[0])], config)
-        udp = _connected(config)
+        udp = _connected(await _numeric(named[0]))
     except TunnelNotUp as failure:
         if not _has_proxy(gate, choice.outside):
             raise
         # Where everything goes through a proxy, often not even names are known on this side of it.
         return config, WebSocketCarrier(gate, choice.outside, why=f"no UDP: {failure}")
-    (endpoint,) = (peer.endpoint for peer in config.peers)
-    assert endpoint is not None
-    network = f"{authority(*endpoint)} from {udp.endpoint[0]}"
+    config = _at(udp, config)
+    network = f"{authority(*udp.far)} from {udp.endpoint[0]}" if udp.far else ""
     websocket = WebSocketCarrier(gate, choice.outside)
     memory = Memory(choice.memory)
     return config, RaceCarrier(udp, websocket, memory=memory, network=network)
@@ -107,6 +106,10 @@ def _has_proxy(gate: Gate, outside: Outside) -> bool:
         return False
 
 
+def _at(udp: UdpCarrier | UdpFamilies, config: TunnelConfig) -> TunnelConfig:
+    return _with([udp.far] if udp.far else [], config)
+
+
 def _with(endpoints: list[Endpoint], config: TunnelConfig) -> TunnelConfig:
     left = iter(endpoints)
     peers = [
@@ -116,8 +119,10 @@ def _with(endpoints: list[Endpoint], config: TunnelConfig) -> TunnelConfig:
     return replace(config, peers=tuple(peers))
 
 
-async def _numeric(endpoint: Endpoint) -> Endpoint:
-    """The endpoint with its host looked up by the system's resolver."""
+async def _numeric(endpoint: Endpoint) -> list[Endpoint]:
+    """The endpoint with its host looked up by the system's resolver: one of each family at most, in
+    the resolver's order, the family that this machine should prefer first (RFC 6724).
+    """
     host, port = endpoint
     try:
         found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_DGRAM)
@@ -126,17 +131,24 @@ async def _numeric(endpoint: Endpoint) -> Endpoint:
             f"the gateway's name {host} cannot be resolved: {error.strerror}",
             hint="Check this machine's DNS and network connection.",
         ) from None
-    address = found[0][4]
-    return str(address[0]), int(address[1])
+    ways: dict[socket.AddressFamily, Endpoint] = {}
+    for family, _, _, _, address in found:
+        ways.setdefault(family, (str(address[0]), int(address[1])))
+    return list(ways.values())
 
 
-def _connected(config: TunnelConfig) -> UdpCarrier:
-    (endpoint,) = (peer.endpoint for peer in config.peers)
-    assert endpoint is not None
-    try:
-        return UdpCarrier.connect(endpoint)
-    except OSError as error:
-        raise _no_socket(error) from None
+def _connected(ways: list[Endpoint]) -> UdpCarrier | UdpFamilies:
+    """Sockets for the families that this machine has a route for."""
+    carriers: list[UdpCarrier] = []
+    failure = OSError("no address")
+    for endpoint in ways:
+        try:
+            carriers.append(UdpCarrier.connect(endpoint))
+        except OSError as error:
+            failure = error
+    if not carriers:
+        raise _no_socket(failure)
+    return carriers[0] if len(carriers) == 1 else UdpFamilies(tuple(carriers))
 
 
 def _bound(config: TunnelConfig) -> UdpCarrier:

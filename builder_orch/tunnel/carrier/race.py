@@ -10,7 +10,8 @@ import time
 from collections.abc import Callable
 from enum import Enum
 
-from builder_orch.tunnel.carrier import Deliver, Route
+from builder_orch.tunnel.carrier import Deliver, Route, Sign
+from builder_orch.tunnel.carrier.families import UdpFamilies
 from builder_orch.tunnel.carrier.link import Clock
 from builder_orch.tunnel.carrier.memory import Memory
 from builder_orch.tunnel.carrier.udp import UdpCarrier
@@ -192,13 +193,13 @@ class RaceCarrier:
     """Both carriers behind one, for a tunnel with one gateway.
 
     Set `probe` to something that has the gateway answer (an echo request, say): whatever is sent
-    while it runs goes over UDP. `changed` is called when `route` has. `network` is what `memory`
-    knows this place by.
+    while it runs goes over UDP. `changed` is called when `route` has, `relocated` when UDP goes on
+    from another address of ours. `network` is what `memory` knows this place by.
     """
 
     def __init__(
         self,
-        udp: UdpCarrier,
+        udp: UdpCarrier | UdpFamilies,
         websocket: WebSocketCarrier,
         *,
         memory: Memory | None = None,
@@ -222,6 +223,7 @@ class RaceCarrier:
         self._deliver: Deliver | None = None
         self._settled: Callable[[], None] | None = None
         self.probe: Callable[[], None] = lambda: None
+        self.relocated: Callable[[], None] = lambda: None
         self.changed: Callable[[], None] = lambda: None
 
     @property
@@ -243,10 +245,15 @@ class RaceCarrier:
         said = self._udp.waiting(attempt)
         return f"{said}; {self._websocket.waiting(attempt)}" if self._websocket.is_begun else said
 
+    def signs(self) -> tuple[Sign, ...]:
+        """Of UDP, and of WebSocket once that was begun."""
+        return self._udp.signs() + self._websocket.signs()
+
     def start(self, deliver: Deliver, settled: Callable[[], None]) -> None:
         """Begin to deliver what comes, whichever way."""
         self._deliver, self._settled = deliver, settled
         self._websocket.probe = self._announce
+        self._udp.relocated = self._relocate
         self._udp.start(self._from_udp, self._udp_settled)
         self._websocket.start(self._from_websocket, settled)
 
@@ -280,6 +287,8 @@ class RaceCarrier:
         else:
             # The answer to a probe that was given up.
             return False
+        if kind is Kind.UDP and isinstance(self._udp, UdpFamilies):
+            self._udp.heard(endpoint, session=session)
         changes = self._race.heard(kind, self._clock(), session=session)
         if changes:
             self._memory.keep(self._network, kind.value)
@@ -295,7 +304,7 @@ class RaceCarrier:
         self._udp.close()
         self._websocket.close()
 
-    def _of(self, kind: Kind) -> UdpCarrier | WebSocketCarrier:
+    def _of(self, kind: Kind) -> UdpCarrier | UdpFamilies | WebSocketCarrier:
         return self._udp if kind is Kind.UDP else self._websocket
 
     def _from_udp(self, octets: memoryview, segment: int, _: Endpoint) -> None:
@@ -311,6 +320,10 @@ class RaceCarrier:
     def _announce(self) -> None:
         if self._race.way is Kind.WEBSOCKET:
             self.probe()
+
+    def _relocate(self) -> None:
+        if self._race.way is Kind.UDP:
+            self.relocated()
 
     def _udp_settled(self) -> None:
         self._note_refusals()

@@ -10,9 +10,10 @@ import socket
 import struct
 from collections import Counter, deque
 from collections.abc import Callable
+from functools import partial
 from typing import Self
 
-from builder_orch.tunnel.carrier import Deliver, Route
+from builder_orch.tunnel.carrier import BARRED, REFUSED, SILENT, Deliver, Route, Sign
 from builder_orch.tunnel.carrier.upgrade import authority
 from builder_orch.tunnel.machine import Datagrams, Endpoint
 
@@ -24,6 +25,8 @@ RECEIVE_BUFFER = 1 << 16
 RECEIVES_PER_WAKEUP = 16
 QUEUE_LIMIT = 256
 """Trains that wait for a full socket buffer; more would only be delay."""
+LOOK_S = 1.0
+"""How often a connected socket asks from which of our addresses the gateway is reached now."""
 
 _ANCILLARY = socket.CMSG_SPACE(4)
 _SEGMENT = struct.Struct("=H")
@@ -36,15 +39,31 @@ _REFUSED = {
     errno.EACCES: "is forbidden by the network",
 }
 """Errors that say at once what silence would say later."""
+_STRANDED = {errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EINVAL, errno.EADDRNOTAVAIL}
+"""What a socket hears whose address is no longer one of ours, or leads nowhere."""
 _OFFLOAD_REFUSED = {errno.EIO, errno.EINVAL, errno.EMSGSIZE, errno.EOPNOTSUPP, errno.ENOPROTOOPT}
 
 
 class UdpCarrier:
-    """One UDP socket; connected when there is one gateway, so that its refusals are heard."""
+    """One UDP socket; connected when there is one gateway, so that its refusals are heard.
 
-    def __init__(self, sock: socket.socket, *, offload: bool = True) -> None:
-        self._socket = sock
+    A connected socket keeps the address that it began with, which is of no use on the next network.
+    With `reopen`, which makes such a socket anew, one takes its place then, and `relocated` is
+    called: who only listens should tell the gateway where to.
+    """
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        *,
+        offload: bool = True,
+        reopen: Callable[[], socket.socket] | None = None,
+    ) -> None:
         self._connected = _is_connected(sock)
+        self._offload = offload
+        self._reopen = reopen
+        self._look_timer: asyncio.TimerHandle | None = None
+        self.relocated: Callable[[], None] = lambda: None
         self._queue: deque[Datagrams] = deque()
         self._buffer = bytearray(RECEIVE_BUFFER)
         self._view = memoryview(self._buffer)
@@ -54,23 +73,13 @@ class UdpCarrier:
         self.drops: Counter[str] = Counter()
         self.refusals = 0
         self._refusal = ""
-        sock.setblocking(False)
-        for option in (socket.SO_RCVBUF, socket.SO_SNDBUF):
-            sock.setsockopt(socket.SOL_SOCKET, option, SOCKET_BUFFER)
-        self._segmenting = offload and _allows(sock, UDP_SEGMENT, 0)
-        if offload:
-            _allows(sock, UDP_GRO, 1)
+        self._is_barred = False
+        self._take(sock)
 
     @classmethod
     def connect(cls, endpoint: Endpoint) -> Self:
         """A socket for one gateway at a numeric address; OSError where there is no route to it."""
-        sock = socket.socket(_family(endpoint[0]), socket.SOCK_DGRAM)
-        try:
-            sock.connect(endpoint)
-        except OSError:
-            sock.close()
-            raise
-        return cls(sock)
+        return cls(_towards(endpoint), reopen=partial(_towards, endpoint))
 
     @classmethod
     def bind(cls, host: str, port: int) -> Self:
@@ -108,6 +117,11 @@ class UdpCarrier:
             return f"udp {where} {self._refusal}"
         return f"udp {where} handshake attempt {attempt} unanswered"
 
+    def signs(self) -> tuple[Sign, ...]:
+        """One, of what the network said of our datagrams, if it said anything."""
+        state = (BARRED if self._is_barred else REFUSED) if self.refusals else SILENT
+        return (Sign("udp", state, self.route().endpoint, self._refusal),)
+
     @property
     def blocked(self) -> bool:
         """Whether the kernel's send buffer is full."""
@@ -118,9 +132,13 @@ class UdpCarrier:
         self._deliver, self._settled = deliver, settled
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(self._socket, self._on_readable)
+        if self._reopen is not None:
+            self._look_timer = self._loop.call_later(LOOK_S, self._look)
 
     def close(self) -> None:
         """Leave the loop and close the socket."""
+        if self._look_timer is not None:
+            self._look_timer.cancel()
         if self._loop is not None:
             self._loop.remove_reader(self._socket)
             self._loop.remove_writer(self._socket)
@@ -147,8 +165,46 @@ class UdpCarrier:
         except (BlockingIOError, InterruptedError):
             return False
         except OSError as error:
+            if error.errno in _STRANDED and self._follow():
+                return self._try(datagrams)
             self._count(error)
         return True
+
+    def _take(self, sock: socket.socket) -> None:
+        sock.setblocking(False)
+        for option in (socket.SO_RCVBUF, socket.SO_SNDBUF):
+            sock.setsockopt(socket.SOL_SOCKET, option, SOCKET_BUFFER)
+        self._segmenting = self._offload and _allows(sock, UDP_SEGMENT, 0)
+        if self._offload:
+            _allows(sock, UDP_GRO, 1)
+        self._socket = sock
+
+    def _follow(self) -> bool:
+        """Move to another address of ours if the gateway is reached from there; whether it is."""
+        if self._reopen is None or self._loop is None:
+            return False
+        try:
+            fresh = self._reopen()
+        except OSError:
+            # No way there at all, now; the next look may find one.
+            return False
+        if fresh.getsockname()[0] == self.endpoint[0]:
+            fresh.close()
+            return False
+        self._loop.remove_reader(self._socket)
+        self._loop.remove_writer(self._socket)
+        self._socket.close()
+        self._take(fresh)
+        self._loop.add_reader(fresh, self._on_readable)
+        # Finds out by itself whether there is anything to write.
+        self._loop.add_writer(fresh, self._on_writable)
+        return True
+
+    def _look(self) -> None:
+        assert self._loop is not None
+        self._look_timer = self._loop.call_later(LOOK_S, self._look)
+        if self._follow():
+            self.relocated()
 
     def _send(self, datagrams: Datagrams) -> None:
         octets, segment, endpoint = datagrams
@@ -183,6 +239,7 @@ class UdpCarrier:
         if error.errno in _REFUSED:
             self.refusals += 1
             self._refusal = _REFUSED[error.errno]
+            self._is_barred = error.errno != errno.ECONNREFUSED
         self.drops[errno.errorcode.get(error.errno or 0, "send")] += 1
 
     def _on_writable(self) -> None:
@@ -200,7 +257,8 @@ class UdpCarrier:
             self._settled()
 
     def _on_readable(self) -> None:
-        deliver, receive, buffers = self._deliver, self._socket.recvmsg_into, [self._buffer]
+        sock, deliver, buffers = self._socket, self._deliver, [self._buffer]
+        receive = sock.recvmsg_into
         assert deliver is not None
         assert self._settled is not None
         for _ in range(RECEIVES_PER_WAKEUP):
@@ -220,9 +278,21 @@ class UdpCarrier:
                     segment = _GRO.unpack_from(data)[0] or size
             if size:
                 deliver(self._view[:size], segment, address[:2])
+            if self._socket is not sock:
+                break
             if self._loop is None:
                 return
         self._settled()
+
+
+def _towards(endpoint: Endpoint) -> socket.socket:
+    sock = socket.socket(_family(endpoint[0]), socket.SOCK_DGRAM)
+    try:
+        sock.connect(endpoint)
+    except OSError:
+        sock.close()
+        raise
+    return sock
 
 
 def _family(host: str) -> socket.AddressFamily:

@@ -6,6 +6,7 @@ that tells its gateway's key by another way may have it pinned.
 """
 
 import asyncio
+import errno
 import hashlib
 import os
 import ssl
@@ -19,7 +20,16 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_exponential_jitter
 
-from builder_orch.tunnel.carrier import Deliver, Route
+from builder_orch.tunnel.carrier import (
+    BARRED,
+    FAILED,
+    OPEN,
+    REFUSED,
+    SILENT,
+    Deliver,
+    Route,
+    Sign,
+)
 from builder_orch.tunnel.carrier.link import Clock, Link
 from builder_orch.tunnel.carrier.proxy import Outside, reach
 from builder_orch.tunnel.carrier.upgrade import Head, authority, check_answer, request
@@ -34,6 +44,9 @@ EARLY_TRAINS = 64
 """What is kept until the connection is there."""
 
 Pause = Callable[[float], Awaitable[None]]
+
+_NO_WAY = {errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EPERM, errno.EACCES}
+"""Errors of somebody who does not let us on our way."""
 
 
 class WrongKey(Exception):
@@ -116,6 +129,7 @@ class WebSocketCarrier:
         self.drops: Counter[str] = Counter()
         self.refusals = 0
         self.trouble = ""
+        self._failed = SILENT
         self._outside = outside
         self._why = why
         self._clock = clock
@@ -192,6 +206,14 @@ class WebSocketCarrier:
             return f"websocket {self.gate} {self.trouble}"
         return f"websocket {self.gate} is being connected"
 
+    def signs(self) -> tuple[Sign, ...]:
+        """One, once a connection was asked for."""
+        if self._link is not None:
+            return (Sign("websocket", OPEN, str(self.gate)),)
+        if not self.is_begun:
+            return ()
+        return (Sign("websocket", self._failed, str(self.gate), self.trouble),)
+
     # -- as the owner of a link -----------------------------------------------------------------
 
     def opened(self, link: Link) -> None:
@@ -255,13 +277,14 @@ class WebSocketCarrier:
                 await self._pause(1 + os.urandom(1)[0] / 256)
         except WrongKey as error:
             # For good: trying again would only give whoever it is more chances.
-            self.trouble = str(error)
+            self.trouble, self._failed = str(error), FAILED
             self.refusals += 1
             self.settled()
 
     def _note(self, state: RetryCallState) -> None:
         assert state.outcome is not None
         error = state.outcome.exception()
+        self._failed = _state(error)
         self.trouble = "did not answer in time" if type(error) is TimeoutError else str(error)
         self.settled()
 
@@ -292,3 +315,14 @@ class WebSocketCarrier:
         if self._clock() - began < STEADY_S:
             raise ConnectionResetError(reason)
         self.trouble = reason
+
+
+def _state(error: BaseException | None) -> str:
+    """What a connection that did not come to be says of the way there."""
+    if type(error) is TimeoutError:
+        return SILENT
+    if isinstance(error, ConnectionRefusedError):
+        return REFUSED
+    if isinstance(error, OSError) and error.errno in _NO_WAY:
+        return BARRED
+    return FAILED

@@ -9,6 +9,7 @@ from builder_orch.tunnel.ipv6.pacer import Pacer
 from builder_orch.tunnel.ipv6.prr import Reduction
 from builder_orch.tunnel.ipv6.rtt import RoundTrip
 from builder_orch.tunnel.ipv6.scoreboard import DUP_THRESH, Scoreboard
+from builder_orch.tunnel.ipv6.search import Search
 from builder_orch.tunnel.ipv6.segment import Blocks
 
 BLACK_HOLE_TIMEOUTS = 2
@@ -45,6 +46,7 @@ class Repair:
         "_recovery_point",
         "_reduction",
         "_reorder_at",
+        "_search",
         "_urgent",
         "board",
         "congestion",
@@ -64,6 +66,7 @@ class Repair:
         self.mss = self._full_mss = mss
         self._floor_mss = floor_mss
         self._proven = False
+        self._search = Search()
         self.congestion = congestion
         self.board = Scoreboard()
         self.rtt = RoundTrip()
@@ -90,11 +93,15 @@ class Repair:
         """A packet with `position` did not fit the path; forged ones name nothing in flight."""
         if self.una <= position < self.nxt:
             self._full_mss = min(self._full_mss, mss)
+            self._search.bound(mss)
             self._lower_mss(mss)
+            if self.mss >= self._full_mss:
+                self._search.stop()
 
     def restart(self, now: float) -> None:
         """The path came back: whatever is outstanding goes out again at once, without back-off."""
         self.rtt.backoff = 0
+        self._search.stop()
         if self.mss < self._full_mss:
             self.mss = self._full_mss
             self.congestion.on_mss(self.mss)
@@ -138,8 +145,29 @@ class Repair:
         self._reorder_at = None if wait is None else now + wait
         if self._reorder_at is not None and self.rto_at is not None:
             self.rto_at = max(self.rto_at, self._reorder_at)  # first what is surely lost (§8)
-        if board.lost > before:
+        if board.lost > before and not (self._search.in_flight and self._loses_trial(before, now)):
             self._enter_recovery(now)
+
+    def _loses_trial(self, before: int, now: float) -> bool:
+        """Whether a trial of a larger segment is all that was lost: no sign of congestion."""
+        search, board = self._search, self.board
+        runs = (run for run in board.runs if run.end > search.start and run.start < search.end)
+        if not any(run.lost for run in runs):
+            return False
+        octets = search.end - search.start
+        if self._recovery_point is not None or board.lost - before != octets:
+            search.postpone(now)
+            return False
+        search.failed(self.mss, now)
+        board.losses -= octets
+        self._urgent = True
+        return True
+
+    def _judge_trial(self, now: float) -> None:
+        """A larger segment was acknowledged before it was given up."""
+        if self.una >= self._search.end:
+            self.mss = self._search.arrived(now)
+            self.congestion.on_mss(self.mss)
 
     def _enter_recovery(self, now: float) -> None:
         self._probe_at = None
@@ -187,19 +215,25 @@ class Repair:
             self.congestion.on_rto(board.in_flight, now)
         self.rtt.backoff += 1
         patience = PROVEN_TIMEOUTS if self._proven else BLACK_HOLE_TIMEOUTS
-        if self.rtt.backoff == patience and self.edge > self.una:
+        if self.rtt.backoff == patience and self.edge > self.una and self.mss > self._floor_mss:
             self._lower_mss(self._floor_mss)
+            self._search.begin(self._full_mss, now)
+        if self._search.in_flight:
+            self._search.postpone(now)
         board.lose_all()
         self._recovery_point = self.nxt
         self._frozen = False
         self._dupacks = self._doubtful = 0
-        self._probe_at = self._probe_end = self._reorder_at = self._pace_at = None
+        self._probe_at = self._reorder_at = self._pace_at = None
+        self._probe_end = self.una + 1  # only progress earns a probe again
+        self._probe_resent = False
         self.rto_at = now + self.rtt.rto
 
     def _lower_mss(self, mss: int) -> None:
         if mss < self.mss:
             self.mss = mss
             self.congestion.on_mss(mss)
+            self._search.forget()
             self.board.lose_all()
             self._recovery_point = self.nxt
             self._frozen = False
@@ -207,15 +241,24 @@ class Repair:
     # -- the tail
 
     def _arm_probe(self, now: float) -> None:
-        """RFC 8985 §7.2: a probe when nothing else would find a lost tail before the RTO."""
+        """RFC 8985 §7.2: a probe when nothing else would find a lost tail before the RTO.
+
+        §7.2 arms none in recovery, where what was resent last can be lost as well. There the first
+        segment is the probe, and only progress earns another; a peer with holes answers at once.
+        """
         self._probe_at = None
         board, srtt = self.board, self.rtt.srtt
-        if not self.selective or srtt is None or self._recovery_point is not None:
+        if not self.selective or srtt is None or self._probe_end is not None:
             return
-        if self._probe_end is not None or board.sacked or self.rtt.backoff or self.rto_at is None:
+        if self.rto_at is None or not board.runs:
+            return
+        if self._recovery_point is None:
+            if board.sacked or self.rtt.backoff:
+                return
+        elif board.lost:
             return
         wait = max(2 * srtt, MIN_PROBE_WAIT)
-        if board.in_flight <= self.mss:
+        if board.in_flight <= self.mss and not board.sacked:
             wait += PEER_ACK_DELAY
         if now + wait < self.rto_at:
             self._probe_at = now + wait

@@ -85,6 +85,7 @@ class Scoreboard:
         "_rack_sent_at",
         "_repaired",
         "_round_end",
+        "_selected",
         "_spread",
         "_spread_for",
         "delivered",
@@ -121,6 +122,7 @@ class Scoreboard:
         self._first_sent_at = 0.0
         self._limited_until = -1
         self._fastest = inf
+        self._selected = inf
         self._repaired = False
         self._round_end = 0
         self._spread = 1
@@ -162,7 +164,7 @@ class Scoreboard:
         self.newly = 0
         self.needless = 0
         self.newest = None
-        self._fastest = inf
+        self._fastest = self._selected = inf
         self._repaired = False
 
     def acknowledge(self, una: int, now: float, min_rtt: float) -> None:
@@ -200,6 +202,8 @@ class Scoreboard:
             if not run.sacked:
                 if run.end > right:
                     runs.insert(after + 1, run.cut(right))
+                if not (run.resent or run.lost):
+                    self._selected = min(self._selected, now - run.sent_at)
                 self._deliver(run, run.start, run.end, now, min_rtt)
                 self.sacked += run.end - run.start
                 run.sacked, run.lost = True, False
@@ -293,11 +297,13 @@ class Scoreboard:
 
     @property
     def rtt(self) -> float | None:
-        """The round trip this acknowledgement measured.
+        """The round trip this acknowledgement measured, None if it measured none.
 
-        None when it covers anything sent twice: what else it covers has then waited for the repair.
+        What was sent twice tells nothing (Karn), and nor does what it held back until it was
+        repaired. What is selected before it counted as lost has waited for neither.
         """
-        return None if self._repaired or self._fastest == inf else self._fastest
+        fastest = self._selected if self._repaired else self._fastest
+        return None if fastest == inf else fastest
 
     def rate(self, now: float, min_rtt: float) -> float | None:
         """Delivery rate of the acknowledgement begun last, octets per second.
@@ -349,7 +355,8 @@ class Scoreboard:
         else:
             if end < self._fack:
                 self.reordering = True
-            self._fastest = min(self._fastest, elapsed)
+            if not run.lost:  # one given up in an outage may have waited for the path
+                self._fastest = min(self._fastest, elapsed)
         self._fack = max(self._fack, end)
         if self.newest is None or run.sent_at >= self.newest.sent_at:
             self.newest = run

@@ -7,6 +7,7 @@ from builder_orch.tunnel.ipv6.congestion import Congestion
 from builder_orch.tunnel.ipv6.outbox import Outbox
 from builder_orch.tunnel.ipv6.repair import FLOOR_MTU, Repair
 from builder_orch.tunnel.ipv6.rtt import MAX_RTO
+from builder_orch.tunnel.ipv6.search import FOLLOWERS
 from builder_orch.tunnel.ipv6.segment import Blocks, Template
 from builder_orch.tunnel.ipv6.train import train_limit
 from builder_orch.tunnel.machine import Train
@@ -140,11 +141,12 @@ class Sender(Repair):
             self._end_recovery()
         elif duplicate and not self.selective:
             self._count_duplicates(now)
+        if self._search.in_flight:
+            self._judge_trial(now)
         self._detect_losses(now)
         if board.newly:
             self._report(now)
-        if advanced > 0:
-            self._restart_timers(now)
+        self._restart_timers(now, advanced)
 
     # -- what goes out
 
@@ -208,6 +210,8 @@ class Sender(Repair):
                 return
         if octets > 0:
             octets = self._paced(octets, now)
+        if self._search.at is not None:
+            octets = self._try_larger(trains, octets, now, ack, window)
         if octets > 0:
             outbox.emit(trains, self.nxt, self.nxt + octets, mss, ack, window)
             self._note_sent(octets, now)
@@ -216,6 +220,22 @@ class Sender(Repair):
             self._note_sent(1, now)
         if self.nxt == outbox.last and board.in_flight < cwnd:
             board.limited_by_application()
+
+    def _try_larger(
+        self, trains: list[Train], octets: int, now: float, ack: int, window: int
+    ) -> int:
+        """Perhaps the first of `octets` as one larger segment; how many are left to send."""
+        search, mss = self._search, self.mss
+        size = search.size(mss)
+        offered = min(self.edge, self.outbox.end) - self.nxt
+        if search.in_flight or search.at is None or search.at > now or not self.selective:
+            return octets
+        if self._recovery_point is not None or octets < size or offered < size + FOLLOWERS * mss:
+            return octets
+        search.sent(self.nxt, self.nxt + size)
+        self.outbox.emit(trains, self.nxt, self.nxt + size, size, ack, window)
+        self._note_sent(size, now)
+        return (octets - size) // mss * mss
 
     def _resend(self, trains: list[Train], now: float, ack: int, window: int) -> None:
         """Send lost runs again, lowest first, while the pipe has room (RFC 6675 §5 NextSeg 1)."""
@@ -247,6 +267,8 @@ class Sender(Repair):
                     self.rto_at = now + self.rtt.rto  # its answer needs a round trip from now on
                 self._spent(upto - run.start, now)
             index += 1
+        if not board.lost:
+            self._arm_probe(now)
 
     def _note_sent(self, octets: int, now: float) -> None:
         self.board.sent(self.nxt, self.nxt + octets, now)
@@ -282,10 +304,13 @@ class Sender(Repair):
     # -- the tail, and closed windows
 
     def _send_tail_probe(self, trains: list[Train], now: float, ack: int, window: int) -> None:
-        """§7.3: one new segment if there is one, else the last one again."""
+        """§7.3: one new segment if there is one, else the last one again; in recovery the first."""
         self._probe_at = None
         board = self.board
         if not board.runs or board.lost:
+            return
+        if self._recovery_point is not None:
+            self._probe_first(trains, now, ack, window)
             return
         waiting = self.outbox.end - self.nxt
         fresh = min(self.edge - self.nxt, waiting, self.mss)
@@ -302,6 +327,20 @@ class Sender(Repair):
         self._probe_at = None
         self._probe_end = self.nxt
         self.rto_at = now + self.rtt.rto
+
+    def _probe_first(self, trains: list[Train], now: float, ack: int, window: int) -> None:
+        """The end of what was resent may be lost: the first segment once more."""
+        board = self.board
+        board.lose_first(self.mss)
+        if board.lost:
+            run = board.runs[0]
+            self.outbox.emit(trains, run.start, run.end, self.mss, ack, window)
+            self._doubtful += run.end - run.start
+            board.resent(0, run.end, now)
+            self._probe_end = run.end
+            self._probe_resent = False  # congestion control knows of this window's losses
+            self.rto_at = now + self.rtt.rto
+            self._spent(run.end - run.start, now)
 
     def _arm(self, now: float) -> None:
         """Keep the promise of the class: outstanding data or a closed window have a timer."""
@@ -331,8 +370,11 @@ class Sender(Repair):
             self._persists += 1
         self._arm(now)
 
-    def _restart_timers(self, now: float) -> None:
-        if self.una == self.nxt:
+    def _restart_timers(self, now: float, advanced: int) -> None:
+        if advanced <= 0:
+            if self.board.newly and self._recovery_point is not None:
+                self._arm_probe(now)
+        elif self.una == self.nxt:
             self.rto_at = self._probe_at = self._reorder_at = None
             if self.nxt == self.outbox.last:
                 self.waiting_since = self._pace_at = None

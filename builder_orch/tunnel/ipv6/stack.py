@@ -24,6 +24,7 @@ from builder_orch.tunnel.ipv6.events import (
     Writable,
 )
 from builder_orch.tunnel.ipv6.receiver import CAPACITY
+from builder_orch.tunnel.ipv6.rtt import Remotes
 from builder_orch.tunnel.ipv6.segment import ACK, RST, SYN, Segment, Template
 from builder_orch.tunnel.ipv6.seq import MASK
 from builder_orch.tunnel.ipv6.state import End, Notice, State
@@ -81,6 +82,7 @@ class Stack:
         self._secret = entropy(32)
         self._connections: dict[bytes, Connection] = {}
         self._half_open = 0
+        self._remotes = Remotes()
         self._waits = TimeWaits()
         self._listeners: set[tuple[bytes | None, int | None]] = set()
         self._bound: set[int] = set()
@@ -130,6 +132,7 @@ class Stack:
             timestamps=self._timestamps,
         )
         self._connections[_key(remote, ours)] = connection
+        self._remotes.prepare(connection.remote[0], connection.sender.rtt)
         self.touch(connection)
         return connection
 
@@ -260,7 +263,10 @@ class Stack:
             return
         match notice:
             case Notice.OPENED:
-                self._half_open -= connection.is_passive
+                self._remotes.remember(connection.remote[0], connection.sender.rtt)
+                if connection.is_passive:
+                    self._half_open -= 1
+                    self._waits.forget(_key(connection.remote, connection.local))
                 made = Accepted if connection.is_passive else Opened
                 self._events.append(made(connection))
             case Notice.READABLE:
@@ -302,6 +308,7 @@ class Stack:
         connection.queued_at = connection.due_at = None
         if connection.is_passive and not connection.was_open:
             self._half_open -= 1
+            self._waits.return_to(key, now)
         if connection.state is State.TIME_WAIT:
             self._waits.add(key, connection, now)
 
@@ -346,19 +353,21 @@ class Stack:
     def _accept(self, ours: Address, theirs: Address, syn: Segment, now: float) -> None:
         if self._half_open >= BACKLOG or len(self._connections) >= MAX_CONNECTIONS:
             raise Rejected("too many connections")
+        key = _key(theirs, ours)
         connection = Connection.accept(
             self,
             ours,
             theirs,
             syn,
-            initial=self._waits.beyond(_key(theirs, ours), self._initial(ours, theirs, now)),
+            initial=self._waits.reopen(key, self._initial(ours, theirs, now)),
             mtu=self._mtu,
             now=now,
             capacity=self._capacity,
             congestion=self._congestion,
         )
         self._half_open += 1
-        self._connections[_key(theirs, ours)] = connection
+        self._connections[key] = connection
+        self._remotes.prepare(connection.remote[0], connection.sender.rtt)
         self._dirty[connection] = None
 
     def _receive_datagram(self, packet: bytes, ip: header.Header, now: float) -> None:

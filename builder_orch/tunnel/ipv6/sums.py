@@ -52,7 +52,7 @@ def by_products(chunk: bytes, at: int, size: int, count: int) -> list[int]:
         ones = _ONES[size] = memoryview(octets[:size] + octets[1 : size + 1]).cast("B", (2, size))
     runs = memoryview(chunk)[at : at + size * count].cast("B", (count, size))
     products = simsimd.cdist(runs, ones, metric="dot", dtype="uint8")
-    pairs: list[tuple[float, float]] = memoryview(cast("bytes", products)).tolist()
+    pairs = cast("list[tuple[float, float]]", memoryview(cast("bytes", products)).tolist())
     return [int(low + 256.0 * high) for low, high in pairs]
 
 

@@ -4,7 +4,15 @@ from collections import OrderedDict
 
 from builder_orch.tunnel.ipv6.allowance import Allowance
 from builder_orch.tunnel.ipv6.connection import TIME_WAIT, Connection
-from builder_orch.tunnel.ipv6.segment import ACK, FIN, RST, SYN, Segment
+from builder_orch.tunnel.ipv6.segment import (
+    ACK,
+    FIN,
+    PACKET_OVERHEAD,
+    RST,
+    SYN,
+    Segment,
+    Template,
+)
 from builder_orch.tunnel.ipv6.seq import MASK, unwrap
 
 ANSWERS_PER_SECOND = 10
@@ -16,14 +24,27 @@ MAX_WAITS = 16_384
 
 
 class _Wait:
+    """Ten thousand of them should cost a few megabytes, so what can be made again is not kept."""
+
     __slots__ = ("answers", "expires_at", "rcv_nxt", "snd_nxt", "template")
 
-    def __init__(self, connection: Connection, now: float) -> None:
-        self.template = connection.template
+    def __init__(self, connection: Connection) -> None:
+        plain = connection.template.overhead == PACKET_OVERHEAD
+        self.template = None if plain else connection.template
         self.snd_nxt = connection.sender.nxt
         self.rcv_nxt = connection.receiver.nxt
-        self.expires_at = now + TIME_WAIT
-        self.answers = Allowance(ANSWERS_PER_SECOND)
+        self.expires_at = 0.0
+        self.answers: Allowance | None = None
+
+    def answer(self, key: bytes, now: float) -> bytes:
+        """An acknowledgement of everything, b"" when there were too many (RFC 5961 §7)."""
+        self.answers = self.answers or Allowance(ANSWERS_PER_SECOND)
+        if not self.answers.take(now):
+            return b""
+        ports = int.from_bytes(key[32:34], "big"), int.from_bytes(key[34:36], "big")
+        ours, theirs = (key[16:32], ports[1]), (key[:16], ports[0])
+        template = self.template or Template(ours, theirs)
+        return template.segment(self.snd_nxt, self.rcv_nxt, ACK, 0)
 
 
 class TimeWaits:
@@ -32,7 +53,7 @@ class TimeWaits:
     def __init__(self) -> None:
         # Not a dict: taking the first of a dict again and again steps over all that were taken.
         self._waits: OrderedDict[bytes, _Wait] = OrderedDict()
-        self._reopened: tuple[bytes, int] | None = None
+        self._reopened: dict[bytes, _Wait] = {}
 
     def __contains__(self, key: bytes) -> bool:
         return key in self._waits
@@ -42,9 +63,7 @@ class TimeWaits:
 
     def add(self, key: bytes, connection: Connection, now: float) -> None:
         """Wait in the name of a connection."""
-        if len(self._waits) >= MAX_WAITS:
-            self._waits.popitem(last=False)
-        self._waits[key] = _Wait(connection, now)
+        self._keep(key, _Wait(connection), now)
 
     def deadline(self) -> float | None:
         """When the oldest is over."""
@@ -58,8 +77,8 @@ class TimeWaits:
     def receive(self, key: bytes, segment: Segment, now: float) -> bytes | None:
         """The answer to a segment, b"" for none; None when it is no business of a wait.
 
-        A new SYN beyond the old numbers ends the wait and opens a connection (§3.10.7.4). A FIN
-        that comes again is acknowledged and starts the time anew. Resets are ignored (RFC 1337).
+        A new SYN beyond the old numbers opens a connection (§3.10.7.4); see `reopen`. A FIN that
+        comes again is acknowledged and starts the time anew. Resets are ignored (RFC 1337).
         """
         wait = self._waits.get(key)
         if wait is None:
@@ -68,26 +87,40 @@ class TimeWaits:
             return b""
         seq = unwrap(segment.seq, wait.rcv_nxt)
         if segment.flags & SYN and not segment.flags & ACK and seq >= wait.rcv_nxt:
-            del self._waits[key]
-            self._reopened = key, wait.snd_nxt
             return None
         if segment.flags & FIN:
             wait.expires_at = now + TIME_WAIT
             self._waits.move_to_end(key)
         elif not segment.length and seq == wait.rcv_nxt:
             return b""
-        if not wait.answers.take(now):
-            return b""  # RFC 5961 §7
-        return wait.template.segment(wait.snd_nxt, wait.rcv_nxt, ACK, 0)
+        return wait.answer(key, now)
 
-    def beyond(self, key: bytes, initial: int) -> int:
-        """`initial`, or a later number where a wait of that name has just made way.
+    def reopen(self, key: bytes, initial: int) -> int:
+        """A wait of that name, if there is one, makes way for a connection; its first number.
 
-        A connection that moved more than the clock of the numbers would else be continued inside
-        its own old ones (RFC 9293 §3.6.1).
+        That is `initial`, or a later one: a connection that moved more than the clock of the
+        numbers would else be continued inside its own old ones (RFC 9293 §3.6.1). The wait is kept
+        aside until `return_to` or `forget`.
         """
-        reopened, self._reopened = self._reopened, None
-        if reopened is None or reopened[0] != key:
+        wait = self._waits.pop(key, None)
+        if wait is None:
             return initial
-        last = reopened[1] & MASK
+        self._reopened[key] = wait
+        last = wait.snd_nxt & MASK
         return initial if 0 < (initial - last) & MASK < HALF else (last + APART) & MASK
+
+    def return_to(self, key: bytes, now: float) -> None:
+        """The SYN that reopened it was an old one: back to the wait (§3.6.1, MAY-2 (2))."""
+        wait = self._reopened.pop(key, None)
+        if wait is not None:
+            self._keep(key, wait, now)
+
+    def forget(self, key: bytes) -> None:
+        """The connection that it made way for is open."""
+        self._reopened.pop(key, None)
+
+    def _keep(self, key: bytes, wait: _Wait, now: float) -> None:
+        if len(self._waits) >= MAX_WAITS:
+            self._waits.popitem(last=False)
+        wait.expires_at = now + TIME_WAIT
+        self._waits[key] = wait

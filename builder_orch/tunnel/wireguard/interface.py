@@ -201,6 +201,13 @@ class Interface:
             at = end
         return packets
 
+    def announce(self, now: float) -> None:
+        """Send every peer with a session an empty packet: it moves where the peer sends to."""
+        self._now = now
+        for peer in self._peers.values():
+            peer.announce(now)
+            self._agenda.note(peer)
+
     def transmit(self, now: float) -> list[Datagrams]:
         """Everything to go outside: trains, handshakes, cookies and keepalives, in order."""
         self._now = now

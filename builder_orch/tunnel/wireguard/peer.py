@@ -216,6 +216,11 @@ class Peer:
         if not self.is_ready(now):
             self._call(now)
 
+    def announce(self, now: float) -> None:
+        """Say that we are here, if there is a session to say it on."""
+        if self.is_ready(now):
+            self._keep_alive(now)
+
     def is_ready(self, now: float) -> bool:
         """Whether a packet would be sealed at once."""
         session = self._slots.current

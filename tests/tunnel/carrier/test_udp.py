@@ -48,6 +48,43 @@ async def test_a_full_buffer_delays_but_loses_nothing_that_was_queued() -> None:
         assert not client.blocked
 
 
+async def test_another_address_of_ours_is_taken_when_the_way_begins_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As on a laptop that is carried to another network; here the way is said to begin anew."""
+    monkeypatch.setattr("builder_orch.tunnel.carrier.udp.LOOK_S", 0.01)
+    server = UdpCarrier.bind("127.0.0.1", 0)
+    heard, back, moved = Received(), Received(), asyncio.Event()
+    address = "127.0.0.1"
+
+    def reopen() -> socket.socket:
+        sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        sock.bind((address, 0))
+        sock.connect(server.endpoint)
+        return sock
+
+    client = UdpCarrier(reopen(), reopen=reopen)
+    client.relocated = moved.set
+    server.start(heard.deliver, heard.settled)
+    client.start(back.deliver, back.settled)
+    try:
+        before = client.endpoint
+        client.send(Datagrams(b"before", 6, server.endpoint))
+        await heard.until(lambda: heard.datagrams == [b"before"])
+        address = "127.0.0.2"
+        async with asyncio.timeout(10):
+            await moved.wait()
+        client.send(Datagrams(b"after", 5, server.endpoint))
+        await heard.until(lambda: heard.datagrams == [b"before", b"after"])
+        assert client.endpoint[0] == "127.0.0.2"
+        assert heard.sources == {before, client.endpoint}
+        server.send(Datagrams(b"back", 4, client.endpoint))
+        await back.until(lambda: back.datagrams == [b"back"])
+    finally:
+        client.close()
+        server.close()
+
+
 async def test_a_refusal_of_the_far_host_is_counted() -> None:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as gone:
         gone.bind(("127.0.0.1", 0))

@@ -2,7 +2,13 @@
 
 import pytest
 
-from builder_orch.tunnel.ipv6.rtt import RoundTrip
+from builder_orch.tunnel.ipv6.rtt import (
+    INITIAL_RTO,
+    LEAST_EXPECTED,
+    MAX_REMOTES,
+    Remotes,
+    RoundTrip,
+)
 
 
 def test_the_first_timeout_is_one_second() -> None:
@@ -51,3 +57,40 @@ def test_after_a_lost_syn_the_first_data_gets_three_seconds() -> None:
     rtt.sample(0.1, 0.0)
     rtt.syn_was_lost()
     assert rtt.rto < 1
+
+
+def test_a_second_connection_begins_with_what_the_first_one_measured() -> None:
+    remotes, fresh = Remotes(), RoundTrip()
+    remotes.prepare(b"there", fresh)
+    assert fresh.rto == INITIAL_RTO
+    first = RoundTrip()
+    remotes.remember(b"there", first)
+    first.sample(0.2, 1.0)
+    remotes.remember(b"there", first)
+    remotes.prepare(b"there", fresh)
+    assert fresh.rto == pytest.approx(0.6)
+    elsewhere = RoundTrip()
+    remotes.prepare(b"elsewhere", elsewhere)
+    assert elsewhere.rto == INITIAL_RTO
+
+
+@pytest.mark.parametrize(("measured", "expected"), [(0.001, LEAST_EXPECTED), (5.0, INITIAL_RTO)])
+def test_a_handshake_is_neither_hasty_nor_slower_than_without(
+    measured: float, expected: float
+) -> None:
+    fresh = RoundTrip()
+    fresh.expect(measured)
+    assert fresh.rto == expected
+    assert fresh.measured is None
+
+
+def test_only_so_many_remotes_are_remembered() -> None:
+    remotes, known = Remotes(), RoundTrip()
+    known.sample(0.1, 0.0)
+    for number in range(MAX_REMOTES + 1):
+        remotes.remember(b"%d" % number, known)
+    first, last = RoundTrip(), RoundTrip()
+    remotes.prepare(b"0", first)
+    remotes.prepare(b"%d" % MAX_REMOTES, last)
+    assert first.rto == INITIAL_RTO
+    assert last.rto < INITIAL_RTO

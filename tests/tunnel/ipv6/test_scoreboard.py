@@ -141,6 +141,35 @@ def test_only_the_first_copy_measures_a_round_trip() -> None:
     assert board.rtt is None
 
 
+def test_what_is_selected_beside_a_repair_measures_a_round_trip() -> None:
+    board = Scoreboard()
+    board.sent(0, 1000, 0.0)
+    board.lose_all()
+    board.resent(0, 1000, 0.3)
+    board.sent(1000, 2000, 0.31)
+    board.sent(2000, 3000, 0.32)
+    board.begin()
+    board.acknowledge(2000, 0.4, 0.0)
+    assert board.rtt is None
+    board.begin()
+    board.resent(0, 2500, 0.4)
+    board.acknowledge(2500, 0.5, 0.0)
+    board.select(2500, 3000, 0.5, 0.0)
+    assert board.rtt == pytest.approx(0.18)
+
+
+def test_what_was_given_up_measures_no_round_trip() -> None:
+    """It may have arrived before an outage and be reported after it."""
+    board = Scoreboard()
+    board.sent(0, 3000, 0.0)
+    board.lose_all()
+    board.begin()
+    board.select(1000, 2000, 60.0, 0.0)
+    board.acknowledge(500, 60.0, 0.0)
+    assert board.rtt is None
+    assert board.newly == 1500
+
+
 def test_a_hole_filled_by_a_first_copy_is_reordering() -> None:
     board = Scoreboard()
     board.sent(0, 3000, 0.0)

@@ -203,6 +203,7 @@ def test_after_a_held_handshake_a_loss_costs_little() -> None:
     client.kick(world.now)
     world.run(lambda: len(world.connections) == 2, limit_s=0.1)
     theirs = world.connections[-1]
+    assert ours.sender.rtt.rto <= 1.0
     world.there.is_cut = True
     ours.write(b"lost at first")
     world.run_for(0.001)

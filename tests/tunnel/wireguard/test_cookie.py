@@ -14,6 +14,7 @@ from builder_orch.tunnel.wireguard.cookie import (
     Jar,
     Limiter,
     hchacha20,
+    label_key,
     xchacha_open,
     xchacha_seal,
 )
@@ -52,6 +53,11 @@ def test_xchacha20_poly1305_of_the_draft() -> None:
     assert xchacha_open(key, nonce, sealed, associated) == plain
     with pytest.raises(Rejected):
         xchacha_open(key, nonce, sealed, b"")
+
+
+def test_the_hash_is_that_of_rfc_7693_appendix_b() -> None:
+    digest = "508c5e8c327c14e2e1a72ba34eeb452f37458b209ed63a294d999b4c86675982"
+    assert label_key(b"a", b"bc").hex() == digest
 
 
 def test_mac1_admits_what_is_addressed_to_us_and_nothing_that_was_touched() -> None:

@@ -93,6 +93,21 @@ def test_x25519_of_rfc_7748_section_5_2() -> None:
     assert Key(bytes.fromhex(scalar)).exchange(bytes.fromhex(point)).hex() == product
 
 
+@pytest.mark.parametrize(
+    ("times", "result"),
+    [
+        (1, "422c8e7a6227d7bca1350b3e2bb7279f7897b87bb6854b783c60e80311ae3079"),
+        (1000, "684cf59ba83309552800ef566f2f4d3c1c3887c49360e3875f2eb94d99532c51"),
+    ],
+)
+def test_x25519_again_and_again(times: int, result: str) -> None:
+    """RFC 7748, section 5.2: the result becomes the scalar, the scalar the point."""
+    scalar = point = bytes([9]) + bytes(31)
+    for _ in range(times):
+        scalar, point = Key(scalar).exchange(point), scalar
+    assert scalar.hex() == result
+
+
 @pytest.mark.parametrize("point", LOW_ORDER, ids=bytes.hex)
 def test_points_of_low_order_are_rejected(point: bytes) -> None:
     key = Key(bytes([7]) * 32)

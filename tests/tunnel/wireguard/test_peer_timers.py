@@ -26,6 +26,7 @@ from tests.tunnel.wireguard.lab import (
     private_key,
     reply,
 )
+from tests.tunnel.wireguard.test_weather import Watched
 
 DAY = 24 * 3600.0
 
@@ -258,15 +259,34 @@ def test_peers_of_the_constructor_begin_their_keepalives_with_the_first_transmit
     assert 10.0 <= deadline <= 10.334
 
 
-def test_hours_of_data_renew_the_keys_every_two_minutes() -> None:
-    duo = connected()
-    begin = duo.now
-    for second in range(2 * 3600):
-        duo.at(begin + second).left.send([packet(second.to_bytes(4))], duo.now)
+@pytest.mark.parametrize(
+    ("there", "back"),
+    [(True, True), (True, False), (False, True)],
+    ids=["both", "up", "down"],
+)
+def test_a_day_of_data_renews_the_keys_every_two_minutes(there: bool, back: bool) -> None:
+    """Without one nonce used twice under a key. Who only receives asks for new keys later."""
+    sealed: set[tuple[bytes, bytes]] = set()
+    duo = connected(session=type("WatchedAllDay", (Watched,), {"sealed": sealed}))
+    begin, sent, renewed = duo.now, 0, 0
+    initiations: list[float] = []
+    for moment in range(10, int(DAY), 10):
+        duo.run(begin + moment)
+        if there:
+            duo.left.send([packet(moment.to_bytes(4))], duo.now)
+        if back:
+            duo.right.send([reply(moment.to_bytes(4))], duo.now)
         lefts, rights = duo.exchange()
-        assert rights == [packet(second.to_bytes(4))]
-        assert lefts == []
-    renewed = [event for event in duo.told if isinstance(event, SessionStarted)]
-    assert len(renewed) == pytest.approx(60, abs=1)
+        assert rights == [packet(moment.to_bytes(4))] * there
+        assert lefts == [reply(moment.to_bytes(4))] * back
+        sent += 1
+        initiations += [duo.now for event in duo.told if isinstance(event, HandshakeStarted)]
+        renewed += sum(isinstance(event, SessionStarted) for event in duo.told)
+        duo.told.clear()
+    assert renewed == pytest.approx(DAY / 120, abs=10) or not there
+    assert DAY / 170 <= renewed <= DAY / 120
+    assert all(later - earlier >= 5.0 for earlier, later in pairwise(initiations))
+    assert renewed == len(initiations)
     assert not duo.left.drops
     assert not duo.right.drops
+    assert len(sealed) >= sent * (there + back)

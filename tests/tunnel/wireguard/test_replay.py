@@ -1,8 +1,10 @@
 """The replay window against a list of steps known to others and against a set."""
 
 import ast
+from collections.abc import Iterator
 from random import Random
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -112,3 +114,30 @@ def test_bulk_orders() -> None:
     window = Window()
     assert window.admit(WINDOW + 1)
     assert not window.admit(0), "one further behind than the window reaches"
+
+
+def arrivals(dice: Random, count: int) -> Iterator[int]:
+    """Counters as a bad network brings them: in order, late, doubled, after a leap, far back."""
+    newest = 0
+    for _ in range(count):
+        match dice.randrange(16):
+            case 0:
+                yield max(0, newest - dice.randrange(2 * WINDOW))
+            case 1:
+                yield max(0, newest - dice.randrange(16))
+            case 2:
+                yield max(0, newest - WINDOW + dice.randrange(-2, 3))
+            case 3:
+                newest += dice.choice([2, 64, WINDOW, 3 * WINDOW])
+                yield newest
+            case _:
+                newest += 1
+                yield newest
+
+
+@pytest.mark.parametrize("count", [150_000, pytest.param(1_000_000, marks=pytest.mark.long)])
+def test_a_million_counters_follow_the_model(count: int) -> None:
+    window, model = Window(), Model()
+    for counter in arrivals(Random(count), count):
+        assert window.admit(counter) == model.admit(counter), counter
+    assert count / 2 < len(model.seen) < count

@@ -1,6 +1,7 @@
 """Longest prefix against a slow model."""
 
 from ipaddress import IPv6Address, IPv6Network
+from random import Random
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -54,3 +55,44 @@ def test_more_addresses_than_are_cached_still_find_their_owner() -> None:
     routes.add([IPv6Network("fd00::/64")], "a")
     first = int(IPv6Address("fd00::"))
     assert all(routes.find((first + step).to_bytes(16)) == "a" for step in range(2 * CACHED + 10))
+
+
+def networks(dice: Random) -> IPv6Network:
+    """Any network; short prefixes hold many of the others."""
+    length = dice.choice([0, 8, 16, 32, 47, 48, 64, 96, 127, 128, dice.randrange(129)])
+    return IPv6Network((address(dice), length), strict=False)
+
+
+def address(dice: Random) -> int:
+    """Half of them differ in a few bits only."""
+    few = sum(1 << place for place in dice.sample(range(128), 3))
+    return 0xFD << 120 ^ (few if dice.random() < 0.5 else dice.getrandbits(128))
+
+
+def test_a_hundred_thousand_addresses_find_what_a_slow_search_finds() -> None:
+    dice = Random(12)
+    routes: Routes[str] = Routes()
+    model: dict[IPv6Network, str] = {}
+    for _ in range(500):
+        for _ in range(3):
+            network, owner = networks(dice), dice.choice("abcd")
+            routes.add([network], owner)
+            model[network] = owner
+        while len(model) > 60:
+            network = dice.choice(list(model))
+            routes.remove([network], model.pop(network))
+        prefixes = sorted(
+            ((net.prefixlen, int(net.network_address) >> 128 - net.prefixlen) for net in model),
+            reverse=True,
+        )
+        for _ in range(200):
+            sought = address(dice)
+            best = next(
+                (
+                    IPv6Network((prefix << 128 - length, length))
+                    for length, prefix in prefixes
+                    if sought >> 128 - length == prefix
+                ),
+                None,
+            )
+            assert routes.find(sought.to_bytes(16)) == (None if best is None else model[best])

@@ -30,6 +30,26 @@ def opened(session: Session, octets: bytes, segment: int) -> tuple[list[bytes], 
     return packets, end, drops
 
 
+def test_the_cipher_is_that_of_rfc_8439_section_2_8_2() -> None:
+    text = (
+        b"Ladies and Gentlemen of the class of '99: If I could offer you only one tip for the "
+        b"future, sunscreen would be it."
+    )
+    sealed = bytes.fromhex(
+        "d31a8d34648e60db7b86afbc53ef7ec2a4aded51296e08fea9e2b5a736ee62d6"
+        "3dbea45e8ca9671282fafb69da92728b1a71de0a9e060b2905d6a5b67ecd3b36"
+        "92ddbd7f2d778b8c9803aee328091b58fab324e4fad675945585808b4831d7bc"
+        "3ff4def08e4b7a9de576d26586cec64b61161ae10b594f09e26a7e902ecbd0600691"
+    )
+    cipher = pair()[0].cipher(bytes(range(0x80, 0xA0)))
+    nonce, associated = (
+        bytes.fromhex("070000004041424344454647"),
+        bytes.fromhex("50515253c0c1c2c3c4c5c6c7"),
+    )
+    assert cipher.encrypt(nonce, text, associated) == sealed
+    assert cipher.decrypt(nonce, sealed, associated) == text
+
+
 def test_transport_messages_of_the_kernel_are_opened_and_made_again() -> None:
     seen = capture("ping_tcp")
     calls = {Initiation.parse(octets).sender: octets for octets in seen.of_kind(1)}

@@ -92,11 +92,8 @@ def test_a_new_connection_after_the_wait_begins_beyond_the_old_one() -> None:
     assert 13_001 < second - first < 1 << 31
 
 
-@pytest.mark.xfail(
-    reason="an old SYN that ended TIME-WAIT and was reset does not lead back to TIME-WAIT "
-    "(RFC 9293 §3.6.1, MAY-2 (2))"
-)
 def test_a_syn_that_turns_out_to_be_old_leads_back_to_the_wait() -> None:
+    """RFC 9293 §3.6.1 (MAY-2), its second condition."""
     trace = play(f"""{WE_CLOSED_WHAT_THEY_OPENED}
         +1 < S 3 mss 1360
         > SA 0 ack 4
