@@ -16,6 +16,7 @@ from builder_orch.selfhost.rows import (
     AppRow,
     MachineRow,
     OrganizationRow,
+    PeerRow,
     ReleaseRow,
     TokenRow,
 )
@@ -181,6 +182,18 @@ def _app(_root: object, info: Info, name: str | None = None) -> View:
     return _app_view(asker, asker.app(name))
 
 
+def _one_organization(
+    _root: object,
+    info: Info,
+    id: str | None = None,  # noqa: A002 (the schema's name)
+    slug: str | None = None,
+) -> View:
+    wanted = id or slug
+    if not wanted:
+        raise Refused(Code.INVALID, "organization needs an id or a slug")
+    return _organization(info.context.organization(wanted))
+
+
 def _nearest_region(_root: object, _info: Info, **_arguments: object) -> View:
     return {"code": REGION, "name": "this machine", "gatewayAvailable": True}
 
@@ -189,6 +202,7 @@ _QUERIES: Final[dict[str, Resolver]] = {
     "organizations": _organizations,
     "app": _app,
     "nearestRegion": _nearest_region,
+    "organization": _one_organization,
 }
 
 
@@ -200,12 +214,28 @@ def _connection(nodes: list[View]) -> View:
 
 
 def _organization(row: OrganizationRow) -> View:
+    def peers(info: Info) -> View:
+        mine = [one for one in info.context.store.peers() if one.organization_id == row.id]
+        return _connection([_peer(one) for one in mine])
+
     return {
         "id": row.id,
         "slug": row.slug,
         "rawSlug": row.slug,
         "name": row.name,
         "type": "PERSONAL" if row.personal else "SHARED",
+        "wireGuardPeers": peers,
+    }
+
+
+def _peer(row: PeerRow) -> View:
+    return {
+        "id": row.id,
+        "name": row.name,
+        "network": None,
+        "peerip": str(row.address),
+        "pubkey": encode_key(row.public_key),
+        "region": REGION,
     }
 
 

@@ -25,7 +25,7 @@ from cryptography.x509.oid import NameOID
 
 from builder_orch.errors import PortInUse
 from builder_orch.selfhost.home import write_private
-from builder_orch.tunnel.carrier import Deliver, Route
+from builder_orch.tunnel.carrier import Deliver, Route, Sign
 from builder_orch.tunnel.carrier.link import Clock, Link
 from builder_orch.tunnel.carrier.udp import UdpCarrier
 from builder_orch.tunnel.carrier.upgrade import Head, answer, authority
@@ -181,6 +181,10 @@ class Wgtcpd:
     def waiting(self, attempt: int) -> str:
         """As of UDP: whoever is called, is not called by WebSocket."""
         return self._udp.waiting(attempt)
+
+    def signs(self) -> tuple[Sign, ...]:
+        """As of UDP."""
+        return self._udp.signs()
 
     def start(self, deliver: Deliver, settled: Callable[[], None]) -> None:
         """Begin to deliver."""
