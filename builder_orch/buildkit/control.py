@@ -8,17 +8,20 @@ come in the same segment.
 import asyncio
 import re
 import socket
+import ssl
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from builder_orch.buildkit.grpc import Channel, Failed
-from builder_orch.buildkit.http2 import Connection, Lost, SocketPipe
+from builder_orch.buildkit.http2 import Connection, Lost, SocketPipe, Vigilance
 from builder_orch.buildkit.messages import worker_labels
 from builder_orch.buildkit.session import CONTROL
 from builder_orch.tunnel.machine import Malformed
 
 UPGRADED_BELOW = (1, 53)
+NATIVE = "1.53"
+"""What a daemon is like that is nothing but BuildKit: it takes HTTP/2 as it is."""
 OLDEST = (1, 39)
 """The first API version with BuildKit in it (Docker 18.09)."""
 ANSWER_S = 30.0
@@ -33,6 +36,14 @@ _UPGRADE = (
 
 class Unavailable(Exception):
     """The engine has no BuildKit for us; the text says how it said so."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tls:
+    """How a daemon is known, and how we are known to it."""
+
+    context: ssl.SSLContext
+    name: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,20 +63,45 @@ def version_of(text: str) -> tuple[int, int]:
 
 
 @asynccontextmanager
-async def connected(sock: socket.socket, api_version: str) -> AsyncGenerator[Control]:
+async def connected(
+    sock: socket.socket,
+    api_version: str,
+    vigilance: Vigilance | None = None,
+    tls: Tls | None = None,
+) -> AsyncGenerator[Control]:
     """The Control API over a connected socket, which is closed with the block.
 
-    Unavailable when the engine has none, Lost when the connection breaks meanwhile.
+    Unavailable when the engine has none, Lost when the connection breaks meanwhile; that it did
+    without a word is noticed by `vigilance`.
     """
-    reader, writer = await asyncio.open_connection(sock=sock, limit=HEAD_LIMIT)
+    reader, writer = await _opened(sock, tls)
     pipe = SocketPipe(reader, writer)
     try:
         await _agree(reader, pipe, api_version)
-        async with Connection(pipe, client=True) as connection:
+        async with Connection(pipe, client=True, vigilance=vigilance) as connection:
             channel = Channel(connection)
             yield Control(channel, pipe, await _probe(channel))
     finally:
         pipe.close()
+
+
+async def _opened(
+    sock: socket.socket, tls: Tls | None
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    if tls is None:
+        return await asyncio.open_connection(sock=sock, limit=HEAD_LIMIT)
+    try:
+        return await asyncio.open_connection(
+            sock=sock,
+            limit=HEAD_LIMIT,
+            ssl=tls.context,
+            server_hostname=tls.name,
+            ssl_handshake_timeout=ANSWER_S,
+        )
+    except ssl.SSLError as error:
+        raise Unavailable(f"TLS: {error.reason or error}") from None
+    except OSError as error:
+        raise Lost(error.strerror or type(error).__name__) from None
 
 
 async def _agree(reader: asyncio.StreamReader, pipe: SocketPipe, api_version: str) -> None:

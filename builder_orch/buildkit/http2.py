@@ -5,8 +5,10 @@ waits for anybody's window. Writers wait: for the far end's windows and for the 
 """
 
 import asyncio
+import os
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol, Self
 
 from h2.config import H2Configuration
@@ -37,6 +39,10 @@ CONNECTION_WINDOW = 4 << 20
 HEADER_LIST = 4 << 20
 """Octets of headers: an engine names every file of a COPY and every rule of .dockerignore there."""
 STREAMS = 100
+UNEARNED = 2
+"""Pings in a row, with nothing but their answers between them, that a server of gRPC's own library
+puts up with; it ends the connection at the next one that comes within five minutes."""
+UNEARNED_EVERY_S = 310.0
 
 Headers = Sequence[tuple[str, str]]
 
@@ -51,6 +57,16 @@ class Reset(Exception):
     def __init__(self, code: int) -> None:
         super().__init__(f"the stream was reset ({_name(code)})")
         self.code = code
+
+
+@dataclass(frozen=True, slots=True)
+class Vigilance:
+    """How a far end that is gone is noticed: after `quiet_s` without an octet it is asked for a
+    sign of life, and given up after `answer_s` more. `pause` waits."""
+
+    quiet_s: float = 10.0
+    answer_s: float = 18.0
+    pause: Callable[[float], Awaitable[None]] = asyncio.sleep
 
 
 class Pipe(Protocol):
@@ -158,13 +174,24 @@ class Stream:
 
 
 class Connection:
-    """Streams over one pipe; an async context manager. `accept` is given what the far end opens."""
+    """Streams over one pipe; an async context manager. `accept` is given what the far end opens.
+
+    Without `vigilance` a far end that is gone is waited for.
+    """
 
     def __init__(
-        self, pipe: Pipe, *, client: bool, accept: Callable[[Stream], None] = lambda _: None
+        self,
+        pipe: Pipe,
+        *,
+        client: bool,
+        accept: Callable[[Stream], None] = lambda _: None,
+        vigilance: Vigilance | None = None,
     ) -> None:
         self._pipe = pipe
         self._accept = accept
+        self._vigilance = vigilance
+        self._heard = 0
+        self._unearned = 0
         self._streams: dict[int, Stream] = {}
         self._state = H2Connection(H2Configuration(client_side=client, header_encoding=None))
         self._state.local_settings = Settings(
@@ -189,6 +216,8 @@ class Connection:
         self._state.increment_flow_control_window(CONNECTION_WINDOW - 65535)
         self._flush()
         self._tasks = [asyncio.create_task(self._read()), asyncio.create_task(self._write())]
+        if self._vigilance is not None:
+            self._tasks.append(asyncio.create_task(self._watch(self._vigilance)))
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -283,6 +312,7 @@ class Connection:
     async def _read(self) -> None:
         try:
             while octets := await self._pipe.read():
+                self._heard += 1
                 events = self._state.receive_data(octets)
                 for event in events:
                     self._take(event)
@@ -308,6 +338,22 @@ class Connection:
         except (OSError, Lost) as error:
             self._lose(str(error) or type(error).__name__)
 
+    async def _watch(self, vigilance: Vigilance) -> None:
+        """The third task: who says nothing is asked, and lost if that is not answered either."""
+        while self._lost is None:
+            heard = self._heard
+            often = self._unearned < UNEARNED
+            await vigilance.pause(vigilance.quiet_s if often else UNEARNED_EVERY_S)
+            if self._heard != heard:
+                continue
+            self._unearned += 1
+            self._state.ping(os.urandom(8))
+            self._flush()
+            await vigilance.pause(vigilance.answer_s)
+            if self._heard == heard:
+                silence = vigilance.quiet_s + vigilance.answer_s
+                self._lose(f"nothing was heard in {silence:g} s, though a ping was sent")
+
     def _take(self, event: Event) -> None:
         if isinstance(event, RequestReceived):
             number = event.stream_id or 0
@@ -327,6 +373,8 @@ class Connection:
     def _take_of_stream(self, event: Event) -> None:
         number = getattr(event, "stream_id", None)
         stream = self._streams.get(number) if isinstance(number, int) else None
+        if isinstance(event, DataReceived | ResponseReceived | TrailersReceived):
+            self._unearned = 0
         if isinstance(event, DataReceived):
             counted = event.flow_controlled_length or 0
             if stream is None:

@@ -33,6 +33,14 @@ _GO_KINDS = (
     (stat.S_ISBLK, 1 << 26),
     (stat.S_ISCHR, 1 << 26 | 1 << 21),
 )
+_KINDS = (
+    (stat.S_IFDIR, 1 << 31),
+    (stat.S_IFLNK, 1 << 27),
+    (stat.S_IFIFO, 1 << 25),
+    (stat.S_IFSOCK, 1 << 24),
+    (stat.S_IFCHR, 1 << 26 | 1 << 21),
+    (stat.S_IFBLK, 1 << 26),
+)
 _GO_BITS = ((stat.S_ISUID, 1 << 23), (stat.S_ISGID, 1 << 22), (stat.S_ISVTX, 1 << 20))
 
 
@@ -46,6 +54,18 @@ def go_mode(mode: int) -> int:
         if mode & theirs:
             made |= bit
     return made
+
+
+def st_mode(mode: int) -> int:
+    """The other way round: an st_mode from Go's bits; what has none of theirs is a file."""
+    made = mode & 0o777
+    for theirs, bit in _GO_BITS:
+        if mode & bit:
+            made |= theirs
+    for kind, bits in _KINDS:
+        if mode & bits == bits:
+            return made | kind
+    return made | stat.S_IFREG
 
 
 class PacketKind(IntEnum):
@@ -68,6 +88,18 @@ class Stat:
     mtime_ns: int = 0
     linkname: str = ""
     xattrs: Mapping[str, bytes] = field(default_factory=dict)
+
+    @classmethod
+    def decode(cls, octets: bytes) -> Self:
+        """What a sender tells of a file, without its xattrs; Malformed for what is none."""
+        found = dict(fields(octets))
+        return cls(
+            text(found.get(1)),
+            whole(found.get(2)),
+            signed(found.get(5)),
+            signed(found.get(6)),
+            text(found.get(7)),
+        )
 
     def encode(self) -> bytes:
         """As octets."""
@@ -101,12 +133,21 @@ class Packet:
 
     @classmethod
     def decode(cls, octets: bytes) -> Self:
-        """What a receiver sends; Malformed for anything else. It never sends a file's stat."""
+        """Malformed for what is none."""
         found = dict(fields(octets))
         kind = whole(found.get(1))
         if kind not in list(PacketKind):
             raise Malformed(f"a packet of kind {kind}")
-        return cls(PacketKind(kind), whole(found.get(3)), raw(found.get(4)))
+        told = Stat.decode(raw(found[2])) if 2 in found else None
+        return cls(PacketKind(kind), whole(found.get(3)), raw(found.get(4)), told)
+
+
+@dataclass(frozen=True, slots=True)
+class Cache:
+    """A place that steps are taken over from, or kept in for others: `registry`, `inline` ..."""
+
+    kind: str
+    attributes: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +160,8 @@ class SolveRequest:
     attributes: Mapping[str, str] = field(default_factory=dict, repr=False)
     exporter: str = ""
     exporter_attributes: Mapping[str, str] = field(default_factory=dict)
+    caches: tuple[Cache, ...] = ()
+    """Those to be written. What is read has to be named among the frontend's attributes."""
 
     def encode(self) -> bytes:
         """As octets; the exporter twice, because old engines and new ones read different fields."""
@@ -130,8 +173,13 @@ class SolveRequest:
             + text_field(5, self.session)
             + text_field(6, self.frontend)
             + map_field(7, self.attributes)
+            + bytes_field(8, b"".join(message_field(4, _cache(one)) for one in self.caches))
             + bytes_field(13, exporter)
         )
+
+
+def _cache(cache: Cache) -> bytes:
+    return text_field(1, cache.kind) + map_field(2, cache.attributes)
 
 
 def solve_response(octets: bytes) -> dict[str, str]:
@@ -150,14 +198,15 @@ def worker_labels(octets: bytes) -> list[dict[str, str]]:
 
 @dataclass(frozen=True, slots=True)
 class Vertex:
-    """One thing to be done, as it stands."""
+    """One thing to be done, as it stands; times in ns since 1970 by the engine's clock."""
 
     digest: str
     name: str
-    started: bool = False
-    completed: bool = False
+    started_ns: int | None = None
+    completed_ns: int | None = None
     cached: bool = False
     error: str = ""
+    inputs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +217,10 @@ class VertexStatus:
     name: str
     current: int
     total: int
+    id: str = ""
+    at_ns: int | None = None
+    started_ns: int | None = None
+    completed_ns: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +230,7 @@ class VertexLog:
     vertex: str
     stream: int
     octets: bytes
+    at_ns: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,6 +240,9 @@ class VertexWarning:
     message: str
     url: str = ""
     line: int = 0
+    vertex: str = ""
+    level: int = 0
+    detail: tuple[bytes, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,34 +270,54 @@ class StatusResponse:
 
 
 def _vertex(octets: bytes) -> Vertex:
-    found = dict(fields(octets))
+    every = list(fields(octets))
+    found = dict(every)
     return Vertex(
         text(found.get(1)),
         text(found.get(3)),
-        5 in found,
-        6 in found,
+        _time(found.get(5)),
+        _time(found.get(6)),
         bool(whole(found.get(4))),
         text(found.get(7)),
+        tuple(text(value) for number, value in every if number == 2),
     )
+
+
+def _time(value: int | bytes | None) -> int | None:
+    """A google.protobuf.Timestamp; None where there is none."""
+    if value is None:
+        return None
+    found = dict(fields(raw(value)))
+    return signed(found.get(1)) * 1_000_000_000 + signed(found.get(2))
 
 
 def _status(octets: bytes) -> VertexStatus:
     found = dict(fields(octets))
     current, total = signed(found.get(4)), signed(found.get(5))
     name = text(found.get(3)) or text(found.get(1))
-    return VertexStatus(text(found.get(2)), name, current, total)
+    times = (_time(found.get(number)) for number in (6, 7, 8))
+    return VertexStatus(text(found.get(2)), name, current, total, text(found.get(1)), *times)
 
 
 def _log(octets: bytes) -> VertexLog:
     found = dict(fields(octets))
-    return VertexLog(text(found.get(1)), signed(found.get(3)), raw(found.get(4)))
+    at_ns = _time(found.get(2))
+    return VertexLog(text(found.get(1)), signed(found.get(3)), raw(found.get(4)), at_ns)
 
 
 def _warning(octets: bytes) -> VertexWarning:
-    found = dict(fields(octets))
+    every = list(fields(octets))
+    found = dict(every)
     where = dict(fields(raw(found.get(7))))
     start = dict(fields(raw(where.get(1))))
-    return VertexWarning(text(found.get(3)), text(found.get(5)), signed(start.get(1)))
+    return VertexWarning(
+        text(found.get(3)),
+        text(found.get(5)),
+        signed(start.get(1)),
+        text(found.get(1)),
+        signed(found.get(2)),
+        tuple(raw(value) for number, value in every if number == 4),
+    )
 
 
 def single(field_number: int, octets: bytes) -> bytes:

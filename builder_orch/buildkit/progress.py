@@ -12,7 +12,7 @@ from builder_orch.buildkit.messages import (
     VertexStatus,
     VertexWarning,
 )
-from builder_orch.events import Event, Log, Progress, Step, Warned
+from builder_orch.events import Event, Log, Progress, Step, StepFinished, Warned
 
 TAIL = 50
 """Lines of every step that are kept for the report of its failure."""
@@ -38,6 +38,7 @@ class Work:
     cached: bool = False
     completed: bool = False
     error: str = ""
+    began_ns: int | None = None
     tail: deque[str] = field(default_factory=lambda: deque(maxlen=TAIL))
     pending: dict[int, bytes] = field(default_factory=dict)
 
@@ -80,20 +81,26 @@ class Watching:
         work = self.works.get(vertex.digest)
         if work is None:
             work = self.works[vertex.digest] = Work(vertex.name, _step(vertex.name))
-        begun = vertex.started and not work.announced
+        begun = vertex.started_ns is not None and not work.announced
         cached = vertex.cached and not work.cached
         work.cached = work.cached or vertex.cached
+        if vertex.started_ns is not None and work.began_ns is None:
+            work.began_ns = vertex.started_ns
         if begun or cached:
             work.announced = True
             if work.step is not None:
                 step = work.step
-                yield Step(step.number, step.total, step.name, cached=work.cached)
+                yield Step(step.number, step.total, step.name, work.cached, step.stage)
             elif begun and not _INTERNAL.match(work.name):
                 yield Log(work.name, "engine")
-        if vertex.completed and not work.completed:
+        if vertex.completed_ns is not None and not work.completed:
             work.completed = True
             for stream in list(work.pending):
                 yield from _lines(work, stream, b"\n")
+            if work.step is not None and not work.cached:
+                # The clock of a machine that was just woken may go backwards.
+                took_ns = max(0, vertex.completed_ns - (work.began_ns or vertex.completed_ns))
+                yield StepFinished(work.step, took_ns / 1e9)
         work.error = vertex.error or work.error
 
     def _log(self, log: VertexLog) -> Iterator[Event]:
@@ -117,7 +124,8 @@ class Watching:
         if key not in self._warned:
             self._warned.add(key)
             where = f"Dockerfile line {warning.line}: " if warning.line else ""
-            yield Warned("dockerfile", f"{where}{warning.message}")
+            more = f" ({warning.url})" if warning.url else ""
+            yield Warned("dockerfile", f"{where}{warning.message}{more}", warning.line)
 
 
 def _step(name: str) -> Step | None:
@@ -128,7 +136,7 @@ def _step(name: str) -> Step | None:
     shown = (
         f"{found['name']} ({stage})" if stage and not stage.startswith("stage-") else found["name"]
     )
-    return Step(int(found["number"]), int(found["total"]), shown)
+    return Step(int(found["number"]), int(found["total"]), shown, stage=stage or "")
 
 
 def _lines(work: Work, stream: int, octets: bytes) -> Iterator[Event]:
@@ -144,4 +152,4 @@ def _lines(work: Work, stream: int, octets: bytes) -> Iterator[Event]:
             text = line[at : at + TEXT_LIMIT].decode("utf-8", "replace").rstrip("\r")
             if text.strip():
                 work.tail.append(text)
-                yield Log(text, _STREAMS.get(stream, "stdout"))
+                yield Log(text, _STREAMS.get(stream, "stdout"), work.step)

@@ -8,14 +8,15 @@ directory, because by it the engine finds the files that it already has.
 import asyncio
 import secrets
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 
+from builder_orch.buildkit.export import Target, Unsafe
 from builder_orch.buildkit.filesync import FileSync
 from builder_orch.buildkit.grpc import Call, Channel, Code, Failed, Handler, Service, serving
 from builder_orch.buildkit.http2 import Connection, Headers, Lost
 from builder_orch.buildkit.messages import single
+from builder_orch.buildkit.sshagent import Agent
 from builder_orch.buildkit.wire import bytes_field, text_field
 from builder_orch.errors import ContextRefused
 from builder_orch.tunnel.machine import Malformed
@@ -25,7 +26,6 @@ SERVING = b"\x08\x01"
 """HealthCheckResponse with the status SERVING."""
 LARGEST_SECRET = 500 * 1024
 """Octets; the engine takes no more."""
-AGENT_READ = 32 * 1024
 PIECE = 1 << 20
 """Octets of the inner connection in one message of the outer; old engines take at most 4 MB."""
 _ID_LETTERS = "0123456789abcdefghijklmnopqrstuvwxyz"
@@ -48,8 +48,10 @@ class Offer:
     files: FileSync
     shared_key: str
     secrets: Mapping[str, GetSecret] = field(default_factory=dict, repr=False)
-    agents: Mapping[str, Path] = field(default_factory=dict)
+    agents: Mapping[str, Agent] = field(default_factory=dict)
     credentials: Credentials = field(default=nobody, repr=False)
+    target: Target | None = None
+    """Where the result goes, if it comes here."""
 
 
 class Session:
@@ -81,6 +83,8 @@ class Session:
         if self._offer.agents:
             found["/moby.sshforward.v1.SSH/CheckAgent"] = self._check_agent
             found["/moby.sshforward.v1.SSH/ForwardAgent"] = self._forward_agent
+        if self._offer.target is not None:
+            found["/moby.filesync.v1.FileSend/DiffCopy"] = self._export
         return found
 
     def failed(self, error: Exception) -> None:
@@ -125,37 +129,38 @@ class Session:
         await call.send(b"")
 
     async def _forward_agent(self, call: Call) -> None:
-        path = self._agent(dict(call.metadata).get("buildkit.ssh.id", ""))
-        try:
-            reader, writer = await asyncio.open_unix_connection(path)
-        except OSError as error:
-            raise Failed(Code.UNAVAILABLE, f"the ssh agent: {error.strerror}") from None
-        try:
-            back = asyncio.create_task(_answers(reader, call))
-            try:
-                while (message := await call.receive()) is not None:
-                    writer.write(_single(message))
-                    await writer.drain()
-                writer.write_eof()
-                await back
-            finally:
-                back.cancel()
-                await asyncio.gather(back, return_exceptions=True)
-        except OSError as error:
-            raise Failed(Code.UNAVAILABLE, f"the ssh agent: {error.strerror}") from None
-        finally:
-            writer.close()
+        agent = self._agent(dict(call.metadata).get("buildkit.ssh.id", ""))
 
-    def _agent(self, name: str) -> Path:
-        path = self._offer.agents.get(name or "default")
-        if path is None:
+        async def answer(octets: bytes) -> None:
+            await call.send(bytes_field(1, octets))
+
+        try:
+            async with aclosing(_octets(call)) as incoming:
+                await agent.converse(incoming, answer)
+        except OSError as error:
+            raise Failed(Code.UNAVAILABLE, f"the ssh agent: {error.strerror or error}") from None
+
+    def _agent(self, name: str) -> Agent:
+        agent = self._offer.agents.get(name or "default")
+        if agent is None:
             raise Failed(Code.NOT_FOUND, f"there is no ssh agent {name or 'default'}")
-        return path
+        return agent
+
+    async def _export(self, call: Call) -> None:
+        assert self._offer.target is not None
+        try:
+            await self._offer.target.receive(call)
+        except Malformed as error:
+            self.failed(Unsafe(str(error)))
+            raise Failed(Code.INVALID_ARGUMENT, str(error)) from None
+        except (Unsafe, OSError) as error:
+            self.failed(error)
+            raise Failed(Code.ABORTED, f"the result cannot be kept: {error}") from None
 
 
-async def _answers(reader: asyncio.StreamReader, call: Call) -> None:
-    while octets := await reader.read(AGENT_READ):
-        await call.send(bytes_field(1, octets))
+async def _octets(call: Call) -> AsyncGenerator[bytes]:
+    while (message := await call.receive()) is not None:
+        yield _single(message)
 
 
 def _single(message: bytes | None) -> bytes:

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from builder_orch.buildkit.control import Control
 from builder_orch.buildkit.grpc import Call, Failed
 from builder_orch.buildkit.http2 import Lost
-from builder_orch.buildkit.messages import SolveRequest, StatusResponse, solve_response
+from builder_orch.buildkit.messages import Cache, SolveRequest, StatusResponse, solve_response
 from builder_orch.buildkit.progress import Watching
 from builder_orch.buildkit.session import CONTROL, Offer, Session, attached, new_id
-from builder_orch.events import Emit, Warned
+from builder_orch.events import Emit, EngineStatus, Warned
 from builder_orch.tunnel.machine import Malformed
 
 FRONTEND = "dockerfile.v0"
@@ -36,11 +36,16 @@ class Options:
     build_args: Mapping[str, str] = field(default_factory=dict, repr=False)
     labels: Mapping[str, str] = field(default_factory=dict)
     target: str = ""
-    platform: str = ""
+    platforms: Sequence[str] = ()
     network: str = ""
     hosts: Mapping[str, str] = field(default_factory=dict)
     no_cache: bool = False
-    cache_from: Sequence[str] = ()
+    cache_from: Sequence[Cache] = ()
+    cache_to: Sequence[Cache] = ()
+    ulimits: Mapping[str, str] = field(default_factory=dict)
+    """`soft:hard` by name."""
+    contexts: Mapping[str, str] = field(default_factory=dict)
+    """What a name in FROM and --from means: `local:NAME` of the session, `docker-image://REF`."""
 
     def attributes(self) -> dict[str, str]:
         """As the frontend takes them; caches have to be named here, not in the request."""
@@ -49,17 +54,30 @@ class Options:
         made |= {f"label:{name}": value for name, value in self.labels.items()}
         plain = {
             "target": self.target,
-            "platform": self.platform,
+            "platform": ",".join(self.platforms),
             "force-network-mode": self.network,
             "add-hosts": ",".join(f"{name}={address}" for name, address in self.hosts.items()),
+            "ulimit": ",".join(f"{name}={limits}" for name, limits in self.ulimits.items()),
         }
         made |= {name: value for name, value in plain.items() if value}
         if self.no_cache:
             made["no-cache"] = ""
         if self.cache_from:
-            caches = [{"Type": "registry", "Attrs": {"ref": ref}} for ref in self.cache_from]
+            caches = [{"Type": one.kind, "Attrs": one.attributes} for one in self.cache_from]
             made["cache-imports"] = json.dumps(caches)
+        if self.contexts:
+            made |= {f"context:{name}": value for name, value in self.contexts.items()}
+            # One that does not know them has to refuse, not to take a name for an image's.
+            made["frontend.caps"] = "moby.buildkit.frontend.contexts+forward"
         return made
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What becomes of a build: an exporter of the engine's, and what it is told; "" for none."""
+
+    exporter: str = ""
+    attributes: Mapping[str, str] = field(default_factory=dict)
 
 
 async def solve(
@@ -68,13 +86,13 @@ async def solve(
     options: Options,
     emit: Emit,
     *,
-    name: str = "",
+    result: Result,
     watching: Watching,
     begun: Callable[[Session], None] = lambda _: None,
 ) -> dict[str, str]:
-    """Build a Dockerfile into the engine's own images; what the exporter says of the result.
+    """Build a Dockerfile; what the exporter says of the result.
 
-    `name` is given to the image. Failed when the engine reports a failure (`watching` knows the
+    Failed when the engine reports a failure (`watching` knows the
     step), Lost when it is gone, or the leaf that something on this side failed with. Cancelling it
     cancels the build on the engine.
     """
@@ -86,8 +104,9 @@ async def solve(
             session.id,
             FRONTEND,
             options.attributes(),
-            "moby",
-            {"name": name} if name else {},
+            result.exporter,
+            result.attributes,
+            tuple(options.cache_to),
         )
         solving = channel.call(f"{CONTROL}/Solve")
         status = asyncio.create_task(_watch(control, request.ref, watching, emit))
@@ -137,6 +156,7 @@ async def _watch(control: Control, ref: str, watching: Watching, emit: Emit) -> 
         try:
             await call.send(SolveRequest(ref, "", "").encode(), end=True)
             while (message := await call.receive()) is not None:
+                emit(EngineStatus(message))
                 for event in watching.take(StatusResponse.decode(message)):
                     emit(event)
         except Failed:

@@ -4,13 +4,18 @@ import asyncio
 import random
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from itertools import pairwise
 
 import pytest
+from h2.config import H2Configuration
+from h2.connection import H2Connection
+from h2.events import PingReceived, RequestReceived
 from hypothesis import given
 from hypothesis import strategies as st
 
-from builder_orch.buildkit.grpc import Call, Channel, Code, Failed, Service, serving
-from builder_orch.buildkit.http2 import Connection, Lost, Reset
+from builder_orch.buildkit.grpc import Call, Channel, Code, Failed, Service, frame, serving
+from builder_orch.buildkit.http2 import Connection, Lost, Reset, Vigilance
+from tests import jumping
 
 Handler = Callable[[Call], Awaitable[None]]
 
@@ -181,3 +186,96 @@ def test_garbage_ends_the_connection_and_nothing_else(
         return await ends(near, octets, client=client)
 
     assert isinstance(asyncio.run(run()), Lost)
+
+
+# --- a far end that is gone, or only quiet
+
+
+async def answering(pipe: Half, pings: list[float], between: float | None) -> None:
+    """A server that answers pings, and says something of its own every so often, if at all."""
+    state = H2Connection(H2Configuration(client_side=False))
+    state.initiate_connection()
+    await pipe.write(state.data_to_send())
+    numbers: list[int] = []
+
+    async def write() -> None:
+        # To write nothing would be the end.
+        if octets := state.data_to_send():
+            await pipe.write(octets)
+
+    async def speak() -> None:
+        while between is not None:
+            await asyncio.sleep(between)
+            for number in numbers:
+                state.send_data(number, frame(b"well"))
+            await write()
+
+    speaking = asyncio.create_task(speak())
+    try:
+        while octets := await pipe.read():
+            for event in state.receive_data(octets):
+                if isinstance(event, PingReceived):
+                    pings.append(jumping.now())
+                if isinstance(event, RequestReceived):
+                    numbers.append(event.stream_id or 0)
+                    state.send_headers(numbers[-1], [(":status", "200")])
+            await write()
+    finally:
+        speaking.cancel()
+
+
+def quiet(between: float | None, for_s: float) -> tuple[Lost | None, list[float]]:
+    """What a watchful client makes of such a server; when it asked for a sign of life."""
+
+    async def tell() -> tuple[Lost | None, list[float]]:
+        near, far = pair()
+        pings: list[float] = []
+        server = asyncio.create_task(answering(far, pings, between))
+        vigilance = Vigilance()
+        began = jumping.now()
+        async with Connection(near, client=True, vigilance=vigilance) as connection:
+            call = Channel(connection).call("/x")
+            reading = asyncio.create_task(_read_all(call))
+            await asyncio.sleep(for_s)
+            lost = connection.lost
+            reading.cancel()
+        server.cancel()
+        return lost, [at - began for at in pings]
+
+    return jumping.run(tell())
+
+
+async def _read_all(call: Call) -> None:
+    while await call.receive() is not None:
+        continue
+
+
+def test_a_far_end_that_answers_is_waited_for_and_not_asked_more_often_than_it_likes() -> None:
+    lost, pings = quiet(None, 7200)
+    assert lost is None
+    # Servers of gRPC's library take the third one in five minutes for an attack.
+    assert 20 < len(pings) < 30
+    assert all(after - before > 300 for before, after in pairwise(pings[1:]))
+
+
+def test_who_speaks_by_himself_is_not_asked() -> None:
+    assert quiet(5.0, 600) == (None, [])
+
+
+def test_who_speaks_now_and_then_is_asked_in_between() -> None:
+    lost, pings = quiet(60.0, 600)
+    assert lost is None
+    assert len(pings) >= 10
+
+
+def test_a_far_end_that_is_gone_is_noticed_within_half_a_minute() -> None:
+    async def tell() -> tuple[float, Lost]:
+        near, _ = pair()
+        async with Connection(near, client=True, vigilance=Vigilance()) as connection:
+            began = jumping.now()
+            with pytest.raises(Lost, match="though a ping was sent") as caught:
+                await Channel(connection).call("/x").receive()
+            return jumping.now() - began, caught.value
+
+    took_s, _ = jumping.run(tell())
+    assert 20 < took_s <= 30

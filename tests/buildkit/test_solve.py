@@ -13,9 +13,11 @@ from builder_orch.buildkit.control import Unavailable, connected
 from builder_orch.buildkit.filesync import FileSync, Synced
 from builder_orch.buildkit.grpc import Code, Failed
 from builder_orch.buildkit.http2 import Lost
+from builder_orch.buildkit.messages import Cache
 from builder_orch.buildkit.progress import Watching
 from builder_orch.buildkit.session import LARGEST_SECRET, Offer
-from builder_orch.buildkit.solve import Options, solve
+from builder_orch.buildkit.solve import Options, Result, solve
+from builder_orch.buildkit.sshagent import SocketAgent
 from builder_orch.buildkit.tree import Member, Tree
 from builder_orch.buildkit.wire import bytes_field, fields, raw, text_field
 from builder_orch.errors import ContextRefused
@@ -74,9 +76,12 @@ async def build(
     watching: Watching | None = None,
 ) -> dict[str, str]:
     emit = (events if events is not None else []).append
+    result = Result("moby", {"name": "n"})
     watching = watching or Watching()
     async with connected(await daemon.dial(), "1.41") as control:
-        return await solve(control, given, options or Options(), emit, watching=watching, name="n")
+        return await solve(
+            control, given, options or Options(), emit, watching=watching, result=result
+        )
 
 
 async def test_a_context_arrives_as_it_is(daemon: FakeDaemon, root: Path) -> None:
@@ -120,7 +125,18 @@ async def test_a_second_build_sends_what_changed_and_nothing_else(
 
 async def test_options_reach_the_frontend_in_its_words(daemon: FakeDaemon, root: Path) -> None:
     options = Options(
-        "D", {"A": "1"}, {"l": "2"}, "t", "linux/arm64", "none", {"h": "::1"}, True, ["r/i:c"]
+        filename="D",
+        build_args={"A": "1"},
+        labels={"l": "2"},
+        target="t",
+        platforms=["linux/amd64", "linux/arm64"],
+        network="none",
+        hosts={"h": "::1"},
+        no_cache=True,
+        cache_from=[Cache("registry", {"ref": "r/i:c"})],
+        cache_to=[Cache("inline"), Cache("registry", {"ref": "r/i:c", "mode": "max"})],
+        ulimits={"nofile": "1:2", "nproc": "3:3"},
+        contexts={"a": "local:named-a", "b": "docker-image://busybox"},
     )
     await build(daemon, offer(root), options)
     assert daemon.attributes() == {
@@ -128,12 +144,19 @@ async def test_options_reach_the_frontend_in_its_words(daemon: FakeDaemon, root:
         "build-arg:A": "1",
         "label:l": "2",
         "target": "t",
-        "platform": "linux/arm64",
+        "platform": "linux/amd64,linux/arm64",
         "force-network-mode": "none",
         "add-hosts": "h=::1",
         "no-cache": "",
         "cache-imports": '[{"Type": "registry", "Attrs": {"ref": "r/i:c"}}]',
+        "ulimit": "nofile=1:2,nproc=3:3",
+        "context:a": "local:named-a",
+        "context:b": "docker-image://busybox",
+        "frontend.caps": "moby.buildkit.frontend.contexts+forward",
     }
+    ((number, entry), (_, other)) = fields(daemon.requests[0][8][0])
+    assert (number, dict(fields(raw(entry)))) == (4, {1: b"inline"})
+    assert dict(fields(raw(other)))[1] == b"registry"
 
 
 async def test_a_failing_step_is_known_with_its_last_lines(daemon: FakeDaemon, root: Path) -> None:
@@ -263,7 +286,7 @@ async def test_an_ssh_agent_is_spoken_to(daemon: FakeDaemon, root: Path, home: P
 
     server = await asyncio.start_unix_server(agent, home / "agent")
     async with server:
-        given = replace(offer(root), agents={"k": home / "agent"})
+        given = replace(offer(root), agents={"k": SocketAgent(home / "agent")})
         assert raw(dict(fields(await answer(daemon, given, ask)))[1]) == b"PING"
     with pytest.raises(Failed) as caught:
         await answer(daemon, offer(root), ask)
