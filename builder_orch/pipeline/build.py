@@ -23,12 +23,16 @@ from builder_orch.errors import (
     UsageFailure,
 )
 from builder_orch.events import Emit, PhaseReason, Progress, Step, Warned
+from builder_orch.pipeline.abilities import beyond_classic, check_abilities
 from builder_orch.pipeline.context import Context, readable
+from builder_orch.pipeline.dockerfile import Dockerfile
 from builder_orch.pipeline.engine import BUILDKIT, CLASSIC, Engine, Recipe, Refused, lost
-from builder_orch.pipeline.kit import Broken, Journey, build_by_kit
+from builder_orch.pipeline.kit import Broken, Host, Journey, build_by_kit
 from builder_orch.pipeline.line import Line
-from builder_orch.pipeline.messages import BuildMessages, Failure
-from builder_orch.pipeline.outside import Credentials
+from builder_orch.pipeline.liveness import Patience, bounded
+from builder_orch.pipeline.messages import BuildMessages, Failure, StepTimes
+from builder_orch.pipeline.output import Exported
+from builder_orch.pipeline.outside import Logins, nobody
 from builder_orch.pipeline.pack import archive, archive_size
 from builder_orch.pipeline.thread import Relay
 
@@ -69,6 +73,7 @@ _HINTS = (
         "The builder cannot reach that registry: build FROM an image that it can reach.",
     ),
 )
+_CONTEXTS = re.compile(r"unsupported frontend capability \S*contexts")
 _CUT = re.compile(r"processing tar|unexpected EOF|invalid tar header", re.IGNORECASE)
 
 
@@ -103,7 +108,7 @@ class Building:
     """A build under way: first the context is sent, then there is an image."""
 
     sent: asyncio.Future[Sent]
-    built: asyncio.Task[Built]
+    built: asyncio.Task[Built | Exported]
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +118,10 @@ class Send:
     name: ClassVar[str] = "context"
 
     async def run(self, given: Building, emit: Emit) -> Sent:  # noqa: ARG002
-        either: list[asyncio.Future[Sent] | asyncio.Future[Built]] = [given.sent, given.built]
+        either: list[asyncio.Future[Sent] | asyncio.Future[Built | Exported]] = [
+            given.sent,
+            given.built,
+        ]
         await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         if given.built.done():
             # Either it failed, which says why the context was not taken, or it was very quick.
@@ -123,28 +131,33 @@ class Send:
 
 @dataclass(frozen=True, slots=True)
 class Build:
-    """Wait for the image."""
+    """Wait for the image, or for the result that is none."""
 
     name: ClassVar[str] = "build"
 
-    async def run(self, given: Building, emit: Emit) -> Built:  # noqa: ARG002
+    async def run(self, given: Building, emit: Emit) -> Built | Exported:  # noqa: ARG002
         return await given.built
 
 
 @asynccontextmanager
 async def building(
-    engine: Engine,
+    engine: Engine | Host,
     context: Context,
     recipe: Recipe,
     emit: Emit,
-    credentials: Credentials | None = None,
+    logins: Logins = nobody,
+    patience: Patience | None = None,
 ) -> AsyncGenerator[Building]:
     """Begin a build; leaving the block before its end resets the upload or stops the build.
 
-    `credentials` are asked for when a step needs an image of the platform's own registry.
+    `logins` are asked for when the engine wants one for a registry that this build names.
     """
     sent: asyncio.Future[Sent] = asyncio.get_running_loop().create_future()
-    built = asyncio.create_task(_build(engine, context, recipe, sent, emit, credentials))
+
+    async def work(emit: Emit) -> Built | Exported:
+        return await _build(engine, context, recipe, sent, emit, logins)
+
+    built = asyncio.create_task(bounded(work, patience or Patience(), emit))
     try:
         yield Building(sent, built)
     finally:
@@ -154,66 +167,79 @@ async def building(
 
 
 async def _build(
-    engine: Engine,
+    engine: Engine | Host,
     context: Context,
     recipe: Recipe,
     sent: asyncio.Future[Sent],
     emit: Emit,
-    credentials: Credentials | None,
-) -> Built:
+    logins: Logins,
+) -> Built | Exported:
     """Choose; what BuildKit has begun with is never begun again by the other."""
     why = "--builder classic was given"
     if recipe.builder != CLASSIC:
         try:
-            return await _by_kit(engine, context, recipe, sent, emit, credentials)
+            return await _by_kit(engine, context, recipe, sent, emit, logins)
         except Unavailable as error:
             why = str(error)
         except Lost as error:
             raise lost("asking it for BuildKit", str(error)) from None
+        if not isinstance(engine, Engine):
+            raise BuilderLost(
+                f"the buildkitd cannot be used: {why}",
+                hint="Check its address and whether it wants TLS (--buildkit-certs).",
+            )
         if recipe.builder == BUILDKIT:
             raise UsageFailure(
                 f"the builder's engine has no BuildKit: {why}",
                 hint="Take --builder buildkit away, or use a builder with Docker 18.09 or later.",
             )
+    if not isinstance(engine, Engine):
+        raise UsageFailure("a buildkitd has no classic builder", hint="Take --builder away.")
     _check_classic(context, recipe, why)
     emit(PhaseReason("context", f"classic builder, which takes the whole context: {why}"))
     return await _by_classic(engine, context, recipe, sent, emit)
 
 
 async def _by_kit(
-    engine: Engine,
+    engine: Engine | Host,
     context: Context,
     recipe: Recipe,
     sent: asyncio.Future[Sent],
     emit: Emit,
-    credentials: Credentials | None,
-) -> Built:
+    logins: Logins,
+) -> Built | Exported:
     began = time.monotonic()
     sock = await engine.connect("asking it for BuildKit")
-    async with connected(sock, engine.version) as control:
+    async with connected(sock, engine.version, engine.vigilance, engine.tls) as control:
         store = "containerd's store" if control.containerd_store else "Docker's own store"
-        emit(PhaseReason("context", f"BuildKit with {store}: only what changed is sent"))
+        kind = "a buildkitd" if engine.bare else f"BuildKit with {store}"
+        emit(PhaseReason("context", f"{kind}: only what changed is sent"))
 
         def arrived() -> None:
             if not sent.done():
                 octets = control.pipe.sent
                 sent.set_result(Sent(octets, time.monotonic() - began, context.size))
 
+        store_of_containerd = control.containerd_store or engine.bare
+        check_abilities(recipe, store_of_containerd, engine.version)
         journey = Journey(emit, arrived)
         try:
-            made = await build_by_kit(engine, control, context, recipe, journey, credentials)
+            made = await build_by_kit(engine, control, context, recipe, journey, logins)
         except Broken as error:
-            raise judge(error, error.failure) from None
+            raise judge(error, error.failure, dockerfile=context.dockerfile) from None
         arrived()
-    return await _read_back(engine, made.names, None)
+    if isinstance(made, Exported):
+        return made
+    if isinstance(engine, Engine):
+        return await _read_back(engine, made.names, None)
+    # The daemon pushed it: this is the digest that the registry took. Without a name there is none.
+    return Built(made.names[0] if made.names else "", 0)
 
 
 def _check_classic(context: Context, recipe: Recipe, why: str) -> None:
     """Refuse, before anything is sent, what the classic builder would stumble over or ignore."""
     hint = "Use a builder with BuildKit, or do without it."
-    flags = [
-        name for name, given in (("--secret", recipe.secrets), ("--ssh", recipe.agents)) if given
-    ]
+    flags = [name for name, given in beyond_classic(recipe) if given]
     if flags:
         raise UsageFailure(f"{flags[0]} needs BuildKit, which is not to be had: {why}", hint=hint)
     if beyond := context.dockerfile.beyond_classic(recipe.target):
@@ -227,6 +253,7 @@ async def _by_classic(
 ) -> Built:
     loop = asyncio.get_running_loop()
     messages = BuildMessages()
+    times = StepTimes(time.monotonic)
     relay = Relay(emit)
 
     def arrived(whole: Sent) -> None:
@@ -239,7 +266,8 @@ async def _by_classic(
 
     def take(octets: bytes) -> None:
         for event in messages.feed(octets):
-            relay(event)
+            for each in times.take(event):
+                relay(each)
 
     try:
         await engine.build(recipe, body, take)
@@ -247,12 +275,12 @@ async def _by_classic(
         raise judge(messages, Failure(str(error)), status=error.status) from None
     finally:
         relay.close()
-    for event in messages.finish():
+    for event in (*messages.finish(), *times.finish()):
         emit(event)
     if messages.lines.garbage:
         emit(Warned("engine-garbage", f"{messages.lines.garbage} messages were not understood"))
     if messages.failure is not None:
-        raise judge(messages, messages.failure)
+        raise judge(messages, messages.failure, dockerfile=context.dockerfile)
     names = (messages.image_id,) if messages.image_id else ()
     return await _read_back(engine, names, messages.step)
 
@@ -306,12 +334,19 @@ class Told(Protocol):
         ...
 
 
-def judge(told: Told, failure: Failure, status: int = 200) -> BuilderOrchError:
+def judge(
+    told: Told, failure: Failure, status: int = 200, dockerfile: Dockerfile | None = None
+) -> BuilderOrchError:
     """Whose fault a failed build is, by what the engine said of it."""
-    said, where = failure.message, _step(told.step)
+    said, where = failure.message, _step(told.step, dockerfile)
     if failure.code is not None and told.step is not None:
         # What the engine says of a failed RUN is its command, which may hold any words.
         return _failed_step(told, failure.code, where)
+    if _CONTEXTS.search(said):
+        return UsageFailure(
+            f"--build-context needs Docker 23.0 or later on the builder: {said}",
+            hint="Do without it, or begin the Dockerfile with `# syntax=docker/dockerfile:1`.",
+        )
     if _FULL.search(said):
         return _full(f"{where}: {said}")
     if _BAD_DOCKERFILE.search(said):
@@ -332,7 +367,8 @@ def judge(told: Told, failure: Failure, status: int = 200) -> BuilderOrchError:
 def _full(said: str) -> BuilderFull:
     return BuilderFull(
         f"the builder's disk is full: {said}",
-        hint="Prune what the builder no longer needs, or give it a larger disk.",
+        hint="Throw away what is cached there: fly-build builder prune. If that is not enough, the "
+        "builder needs a larger disk.",
     )
 
 
@@ -349,10 +385,12 @@ def _with_tail(headline: str, told: Told) -> str:
     return "\n".join([headline, *(f"  | {line}" for line in told.tail)])
 
 
-def _step(step: Step | None) -> str:
+def _step(step: Step | None, dockerfile: Dockerfile | None = None) -> str:
     if step is None:
         return "before the first step"
-    return f"step {step.number}/{step.total} ({step.name[:200]})"
+    line = dockerfile.line_of(step.name.removesuffix(f" ({step.stage})")) if dockerfile else 0
+    place = f"{dockerfile.path}:{line}: " if dockerfile and line else ""
+    return f"{place}step {step.number}/{step.total} ({step.name[:200]})"
 
 
 def _dockerfile_hint(said: str) -> str:

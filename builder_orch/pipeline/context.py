@@ -2,17 +2,17 @@
 
 import os
 import posixpath
-import re
 import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from enum import Enum
 from pathlib import Path
 
 from builder_orch.errors import BuildFailed, ContextRefused, DockerfileInvalid, UsageFailure
 from builder_orch.events import Emit, Warned
 from builder_orch.pipeline.dockerfile import Dockerfile, Source
-from builder_orch.pipeline.ignore import Ignore, Matched
+from builder_orch.pipeline.ignore import Ignore
+from builder_orch.pipeline.survey import Survey
+from builder_orch.pipeline.walk import Entry, Kind, looks_secret, special, walk
 
 IGNORE_FILE = ".dockerignore"
 OUTSIDE_NAME = ".fly-build.Dockerfile"
@@ -21,41 +21,27 @@ NAMED = 5
 """How many files a warning names before it only counts."""
 LINKS = 40
 """Links that a path may go through before it is taken for a circle, as Linux has it."""
-
-_SECRET = re.compile(
-    r"(\.env(\..+)?|id_(rsa|dsa|ecdsa|ed25519)|.+\.(pem|p12|pfx|kdbx|key)|\.netrc|\.pypirc|\.npmrc"
-    r"|\.git-credentials|\.htpasswd)\Z",
-    re.IGNORECASE,
-)
-_NO_SECRET = re.compile(r"\.env\.(example|sample|template|dist|defaults?)\Z", re.IGNORECASE)
-
-
-class Kind(Enum):
-    """What a path may be; everything else is refused."""
-
-    FILE = "a file"
-    DIRECTORY = "a directory"
-    LINK = "a link"
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """One member: its name in the archive, what it was when it was found, and where it lies."""
-
-    name: str
-    kind: Kind
-    size: int
-    path: Path
+WARN_OCTETS = 100_000_000
+"""A context of more than this is warned of, unless something else is said."""
 
 
 @dataclass(frozen=True, slots=True)
 class Directory:
-    """What the user points at: the root of the context and, if not the usual, its two files."""
+    """What the user points at: the root of the context and, if not the usual, its two files.
+
+    `dockerfile_from` is what the Dockerfile is called when `dockerfile` is only a copy of it. A
+    context of over `warn_octets` is warned of, one of over `limit_octets` refused; `check` has it
+    compared with its context.lock.
+    """
 
     root: Path
     dockerfile: Path | None = None
     ignorefile: Path | None = None
     target: str = ""
+    dockerfile_from: str = ""
+    warn_octets: int = WARN_OCTETS
+    limit_octets: int | None = None
+    check: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +57,12 @@ class Context:
     dockerfile: Dockerfile
     dockerfile_name: str
     ignore: Ignore = field(repr=False)
+    target: str = ""
+
+    def survey(self) -> Survey:
+        """What each file of it is there for."""
+        own = frozenset({self.dockerfile_name, IGNORE_FILE, self.ignore.source})
+        return Survey.of(self.entries, self.dockerfile, self.target, own)
 
     @property
     def size(self) -> int:
@@ -105,11 +97,11 @@ def scan(
         raise UsageFailure(f"{root} is not a directory", hint="Name the directory to build.")
     path = _dockerfile(directory)
     text = _text(path, "the Dockerfile")
-    dockerfile = Dockerfile.parse(text, _shown(path, root))
+    dockerfile = Dockerfile.parse(text, directory.dockerfile_from or _shown(path, root))
     ignore = _ignore(directory, path)
     inside = _inside(path, root)
     found: list[Entry] = []
-    for entry in _walk(root, ignore):
+    for entry in walk(root, ignore):
         if not going_on():
             raise ContextRefused("the walk was given up", hint="Run the command again.")
         found.append(entry)
@@ -120,7 +112,38 @@ def scan(
     last.append(Entry(name, Kind.FILE, path.stat().st_size, path.resolve()))
     moved = {entry.name for entry in last}
     entries = [entry for entry in found if entry.name not in moved] + last
-    return Context(root, tuple(entries), dockerfile, name, ignore)
+    context = Context(root, tuple(entries), dockerfile, name, ignore, directory.target)
+    _weigh(context, directory, emit)
+    return context
+
+
+def members_of(root: Path) -> list[Entry]:
+    """What is sent of a directory that has another name than the build context's.
+
+    Its `.dockerignore` is obeyed; ContextRefused for what cannot be sent.
+    """
+    ignore = _ignore(Directory(root), root / IGNORE_FILE)
+    members = [entry for entry in walk(root, ignore) if entry.name != IGNORE_FILE]
+    return [*members, *_ignore_file(root, ignore)]
+
+
+def _weigh(context: Context, directory: Directory, emit: Emit) -> None:
+    """Say how much it is; ContextRefused for more than was allowed."""
+    weighed = context.survey().weighed()
+    emit(weighed)
+    largest = ", ".join(f"{path} {readable(octets)}" for path, octets in weighed.largest)
+    limit = directory.limit_octets
+    if limit is not None and weighed.octets > limit:
+        raise ContextRefused(
+            f"the build context is {context}, and the limit {readable(limit)}; the largest: "
+            f"{largest}",
+            hint="See with fly-build build PATH --explain-context what can be left out.",
+        )
+    if weighed.octets > directory.warn_octets:
+        unused = f"; no COPY or ADD reaches {readable(weighed.unused)} of it"
+        what = f"the build context is {context}{unused if weighed.unused else ''}"
+        hint = "fly-build build PATH --explain-context says what can be left out"
+        emit(Warned("context-large", f"{what}; the largest: {largest}; {hint}"))
 
 
 def _dockerfile(directory: Directory) -> Path:
@@ -153,7 +176,7 @@ def _no_file(path: Path) -> DockerfileInvalid | None:
     if stat.S_ISLNK(mode):
         what = f"a link to {os.readlink(path)}, where there is no file"  # noqa: PTH115
     else:
-        what = Kind.DIRECTORY.value if stat.S_ISDIR(mode) else _special(mode)
+        what = Kind.DIRECTORY.value if stat.S_ISDIR(mode) else special(mode)
     return DockerfileInvalid(
         f"{path} is {what}", hint="Put a file there, or name another one with --dockerfile."
     )
@@ -209,89 +232,6 @@ def _shown(path: Path, root: Path) -> str:
         return path.relative_to(root).as_posix()
     except ValueError:
         return str(path)
-
-
-def _walk(root: Path, ignore: Ignore) -> Iterator[Entry]:
-    """Every path that is sent: by name, a directory before what is in it.
-
-    A directory that is ignored is entered only where a later rule could keep something in it, and
-    is not itself sent.
-    """
-    stack: list[tuple[Iterator[os.DirEntry[str]], str, Matched]] = [(_listed(root), "", ())]
-    while stack:
-        listing, prefix, above = stack[-1]
-        found = next(listing, None)
-        if found is None:
-            stack.pop()
-            continue
-        name = prefix + found.name
-        matched = ignore.match(name, above)
-        rule = ignore.decisive(matched)
-        ignored = rule is not None and not rule.keep
-        is_directory = found.is_dir(follow_symlinks=False)
-        if not ignored:
-            yield _entry(found, name)
-        if is_directory and (rule is None or rule.keep or ignore.may_keep_below(name, rule)):
-            stack.append((_listed(Path(found.path)), name + "/", matched))
-
-
-def _listed(directory: Path) -> Iterator[os.DirEntry[str]]:
-    try:
-        with os.scandir(directory) as listing:
-            return iter(sorted(listing, key=lambda entry: os.fsencode(entry.name)))
-    except OSError as error:
-        raise ContextRefused(
-            f"the directory {directory} cannot be read: {error.strerror}",
-            hint="Check its permissions, or list it in .dockerignore.",
-        ) from None
-
-
-def _entry(found: os.DirEntry[str], name: str) -> Entry:
-    try:
-        status = found.stat(follow_symlinks=False)
-    except OSError as error:
-        raise ContextRefused(
-            f"{name} cannot be looked at: {error.strerror}",
-            hint="Something else changes this directory; wait for it, then run again.",
-        ) from None
-    kind = kind_of(status.st_mode)
-    if kind is None:
-        raise ContextRefused(
-            f"{name} is {_special(status.st_mode)}, which an image cannot hold",
-            hint=f"Remove it, or add {name} to .dockerignore.",
-        )
-    path = Path(found.path)
-    if kind is Kind.FILE and not os.access(path, os.R_OK, effective_ids=_EFFECTIVE):
-        raise unreadable(name)
-    return Entry(name, kind, status.st_size if kind is Kind.FILE else 0, path)
-
-
-_EFFECTIVE = os.access in os.supports_effective_ids
-
-
-def unreadable(name: str) -> ContextRefused:
-    """The refusal of a file that may not be read."""
-    return ContextRefused(
-        f"{name} cannot be read: permission denied",
-        hint=f"Make it readable (chmod u+r), or add {name} to .dockerignore.",
-    )
-
-
-def kind_of(mode: int) -> Kind | None:
-    """What a member of an archive is by its st_mode; None for what cannot be one."""
-    if stat.S_ISREG(mode):
-        return Kind.FILE
-    if stat.S_ISDIR(mode):
-        return Kind.DIRECTORY
-    return Kind.LINK if stat.S_ISLNK(mode) else None
-
-
-def _special(mode: int) -> str:
-    if stat.S_ISSOCK(mode):
-        return "a socket"
-    if stat.S_ISFIFO(mode):
-        return "a pipe"
-    return "a device"
 
 
 def _check_sources(root: Path, dockerfile: Dockerfile, target: str, ignore: Ignore) -> None:
@@ -362,7 +302,7 @@ def _goes_through_link(root: Path, name: str) -> bool:
 
 
 def _warn(root: Path, entries: list[Entry], emit: Emit) -> None:
-    secrets = [entry.name for entry in entries if _looks_secret(entry)]
+    secrets = [entry.name for entry in entries if looks_secret(entry)]
     if secrets:
         emit(Warned("secret-in-context", f"{_some(secrets)} will be sent and may end in the image"))
     links = [entry.name for entry in entries if entry.kind is Kind.LINK and _leaves(root, entry)]
@@ -373,15 +313,6 @@ def _warn(root: Path, entries: list[Entry], emit: Emit) -> None:
                 f"{_some(links)}: leads out of the context; its target is not sent",
             )
         )
-
-
-def _looks_secret(entry: Entry) -> bool:
-    name = posixpath.basename(entry.name)
-    return (
-        entry.kind is Kind.FILE
-        and _SECRET.match(name) is not None
-        and _NO_SECRET.match(name) is None
-    )
 
 
 def _leaves(root: Path, entry: Entry) -> bool:

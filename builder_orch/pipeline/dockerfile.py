@@ -55,6 +55,16 @@ class Source:
 
 
 @dataclass(frozen=True, slots=True)
+class Taking:
+    """What a step takes out of the build context: paths and patterns, None where that cannot be
+    told without building, as it may then be anything."""
+
+    line: int
+    step: str
+    patterns: tuple[str, ...] | None
+
+
+@dataclass(frozen=True, slots=True)
 class Dockerfile:
     """A Dockerfile that parses; what it means is the builder's to say."""
 
@@ -111,6 +121,26 @@ class Dockerfile:
                     continue
                 for word in _sources(step.rest):
                     yield Source(step.line, f"{step.name} {word}", word)
+
+    def line_of(self, text: str) -> int:
+        """Where the step is that an engine calls so; 0 for none, and for one of several."""
+        wanted = text.split()
+        found = [
+            step.line
+            for stage in self.stages
+            for step in stage.steps
+            if " ".join((step.name, *step.flags, step.rest)).split() == wanted
+        ]
+        return found[0] if len(found) == 1 else 0
+
+    def takings(self, target: str) -> Iterator[Taking]:
+        """The steps that take files out of the context on the way to the target.
+
+        What the base image does by ONBUILD is not known here.
+        """
+        for stage in self.upto(target):
+            for step in stage.steps:
+                yield from taken_by(step)
 
     def beyond_classic(self, target: str) -> str:
         """The first step on the way to the target that only BuildKit can do; "" if none."""
@@ -200,21 +230,47 @@ def _unknown(path: str, step: Instruction) -> DockerfileInvalid:
     return DockerfileInvalid(f"{path}:{step.line}: unknown instruction {step.name[:40]}", hint=hint)
 
 
-def _sources(rest: str) -> list[str]:
-    """All words but the last, where they are what they seem; none in any doubtful case."""
+def taken_by(step: Instruction) -> Iterator[Taking]:
+    """What one step takes out of the context, if it is of a kind that does."""
+    if step.name in {"COPY", "ADD"}:
+        if any(flag.startswith("--from") for flag in step.flags):
+            return
+        words = _words(step.rest)
+        shown = f"{step.name} {step.rest}"
+        if words is None:
+            yield Taking(step.line, shown, None)
+        elif patterns := tuple(word for word in words[:-1] if not _REMOTE.match(word)):
+            doubtful = any("$" in word for word in patterns)
+            yield Taking(step.line, shown, None if doubtful else patterns)
+    elif step.name == "RUN":
+        for flag in step.flags:
+            name, _, value = flag.partition("=")
+            given = dict(word.partition("=")[::2] for word in value.split(","))
+            if name == "--mount" and given.get("type", "bind") == "bind" and "from" not in given:
+                source = given.get("source", given.get("src", "."))
+                yield Taking(step.line, f"RUN {flag}", None if "$" in source else (source,))
+
+
+def instruction(text: str) -> Instruction:
+    """A step as an engine names it: one line, with its variables replaced."""
+    return _instruction(0, text)
+
+
+def _words(rest: str) -> list[str] | None:
+    """The words of a COPY or ADD; None where quotes or escapes would have to be understood."""
     if rest.startswith("["):
         try:
             words = json.loads(rest)
         except ValueError:
-            return []
-        if not (isinstance(words, list) and all(isinstance(word, str) for word in words)):
-            return []
-    elif any(char in rest for char in "\"'\\"):
-        return []
-    else:
-        words = rest.split()
+            return None
+        return words if isinstance(words, list) and all(isinstance(w, str) for w in words) else None
+    return None if any(char in rest for char in "\"'\\") else rest.split()
+
+
+def _sources(rest: str) -> list[str]:
+    """All words but the last, where they are what they seem; none in any doubtful case."""
     return [
         word
-        for word in words[:-1]
+        for word in (_words(rest) or [])[:-1]
         if word and not any(char in word for char in "*?[$") and not _REMOTE.match(word)
     ]

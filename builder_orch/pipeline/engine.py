@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field, replace
 from ipaddress import IPv6Address
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import docker
 import docker.errors
@@ -22,9 +22,14 @@ from tenacity import (
 )
 
 from builder_orch.api.models import Secret
+from builder_orch.buildkit.control import Tls
+from builder_orch.buildkit.http2 import Vigilance
+from builder_orch.buildkit.messages import Cache
+from builder_orch.buildkit.sshagent import Agent
 from builder_orch.errors import BuilderLost, BuilderNotProvisioned, BuilderOrchError, NotAllowed
 from builder_orch.events import Emit, Event, Warned
 from builder_orch.pipeline.line import Line, pool_over
+from builder_orch.pipeline.output import IMAGE, Output
 from builder_orch.pipeline.thread import in_thread
 
 PORT = 2375
@@ -34,7 +39,12 @@ DIAL_S = 10.0
 """How long one connection to the engine may take."""
 ANSWER_S = 30.0
 """How long the engine may take to answer a short question."""
+LONG_S = 600.0
+"""How long it may take to count or to throw away what it holds."""
 PING_S = 3.0
+"""How long the engine may take to answer a ping, once it is connected."""
+SIGN_S = 4.0
+"""How long it all may take when nothing else was heard of the engine."""
 VIGIL_EVERY_S = 10.0
 VIGIL_AGAIN_S = 3.0
 VIGIL_MISSES = 3
@@ -51,7 +61,7 @@ _TRANSPORT = (OSError, urllib3.exceptions.HTTPError, http.client.HTTPException)
 
 @dataclass(frozen=True, slots=True)
 class Login:
-    """What a registry asks for."""
+    """What a registry asks for; without a name the password is an identity token."""
 
     username: str
     password: Secret
@@ -66,8 +76,9 @@ BUILDERS = (AUTO, BUILDKIT, CLASSIC)
 class Recipe:
     """What a build is told besides its context.
 
-    `secrets` are read when a step asks for them, `agents` are sockets of ssh agents, both by their
-    ids. `node` is this user's own, and with the directory says whose files the engine has.
+    `secrets` are read when a step asks for them, `agents` sign for ssh, both by their ids.
+    `contexts` are directories of this machine, or what the engine fetches by a URL, by their names.
+    `node` is this user's own, and with the directory says whose files the engine has.
     """
 
     dockerfile: str
@@ -75,12 +86,16 @@ class Recipe:
     target: str = ""
     no_cache: bool = False
     labels: dict[str, str] = field(default_factory=dict)
-    platform: str = ""
+    platforms: tuple[str, ...] = ()
     network: str = ""
     hosts: dict[str, str] = field(default_factory=dict)
-    cache_from: tuple[str, ...] = ()
+    cache_from: tuple[Cache, ...] = ()
+    cache_to: tuple[Cache, ...] = ()
+    ulimits: dict[str, str] = field(default_factory=dict)
+    contexts: dict[str, Path | str] = field(default_factory=dict)
     secrets: dict[str, Callable[[], bytes]] = field(default_factory=dict, repr=False)
-    agents: dict[str, Path] = field(default_factory=dict)
+    agents: dict[str, Agent] = field(default_factory=dict)
+    output: Output = IMAGE
     builder: str = AUTO
     node: str = field(default="", repr=False)
     name: str = ""
@@ -95,6 +110,18 @@ class Image:
     size_bytes: int
     digests: tuple[str, ...]
     ports: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """An engine and its disk: octets of its images' layers and of what builds have cached."""
+
+    version: str
+    processors: int
+    memory: int
+    images: int
+    layers: int
+    cache: int
 
 
 def unheard(event: Event) -> None:
@@ -134,6 +161,9 @@ class Engine:
     port: int = PORT
     pause: Pause = asyncio.sleep
     emit: Emit = unheard
+    vigilance: Vigilance = field(default_factory=Vigilance)
+    bare: ClassVar[bool] = False
+    tls: ClassVar[Tls | None] = None
 
     @property
     def url(self) -> str:
@@ -157,10 +187,10 @@ class Engine:
                 target=recipe.target or None,
                 nocache=recipe.no_cache,
                 labels=dict(recipe.labels),
-                platform=recipe.platform or None,
+                platform=",".join(recipe.platforms) or None,
                 network_mode=recipe.network or None,
                 extra_hosts=dict(recipe.hosts) or None,
-                cache_from=list(recipe.cache_from) or None,
+                cache_from=[one.attributes["ref"] for one in recipe.cache_from] or None,
                 rm=True,
                 forcerm=True,
             )
@@ -168,19 +198,32 @@ class Engine:
 
         await self._long("the build", work)
 
-    async def push(self, repository: str, tag: str, login: Login, take: Take) -> None:
+    async def push(self, repository: str, tag: str, login: Login | None, take: Take) -> None:
         """Have a tag pushed; what the engine says goes to `take`, in a thread."""
 
         def work(client: Client, _: Line) -> None:
             registry = repository.partition("/")[0]
-            auth = {
-                "username": login.username,
-                "password": login.password.reveal(),
-                "serveraddress": registry,
-            }
+            auth = {} if login is None else _header(login, registry)
             _drain(client.push(repository, tag=tag, stream=True, auth_config=auth), take)
 
         await self._long("the push", work)
+
+    async def save(self, image: str, take: Take) -> None:
+        """Have an image as the archive that `load` takes; its octets go to `take`, in a thread."""
+        await self._long(
+            "fetching the image", lambda client, _: _drain(client.get_image(image), take)
+        )
+
+    async def load(self, pieces: Callable[[], Iterator[bytes]]) -> None:
+        """Give the engine the images of an archive."""
+
+        def work(client: Client, _: Line) -> None:
+            for message in client.load_image(pieces()):
+                said = message if isinstance(message, dict) else {}
+                if failure := said.get("error") or said.get("message"):
+                    raise Refused(400, str(failure)[:2000])
+
+        await self._long("loading the image", work)
 
     async def tag(self, image_id: str, repository: str, tag: str) -> None:
         """Give an image a name."""
@@ -209,6 +252,37 @@ class Engine:
     async def ping(self) -> None:
         """One question that any engine answers at once."""
         await self._ask("the ping", lambda client, _: client.ping(), PING_S)
+
+    async def usage(self) -> Usage:
+        """What it is and what lies on its disk; BuilderLost when it says something else."""
+        doing = "asking what it holds"
+        info = await self._short(doing, lambda client, _: client.info())
+        match info, await self._ask(doing, lambda client, _: client.df(), LONG_S):
+            case (
+                {"ServerVersion": str(version), "NCPU": int(processors), "MemTotal": int(memory)},
+                {"LayersSize": int(layers), "Images": images, "BuildCache": cache},
+            ):
+                sizes = [_size(one) for one in cache or ()]
+                return Usage(version, processors, memory, len(images or ()), layers, sum(sizes))
+            case _:
+                raise lost(doing, "it answered with something else")
+
+    async def prune(self, *, images: bool) -> int:
+        """Throw away what builds have cached and images without a name, or with `images` all that
+        no container uses; how many octets that gave back."""
+        unused = {"dangling": not images}
+        works: tuple[Callable[[Client, Line], object], ...] = (
+            lambda client, _: client.prune_images(unused),
+            lambda client, _: client.prune_builds(all=True),
+        )
+        freed = 0
+        for work in works:
+            match await self._ask("pruning", work, LONG_S):
+                case {"SpaceReclaimed": int(octets)}:
+                    freed += octets
+                case _:
+                    raise lost("pruning", "it answered with something else")
+        return freed
 
     async def api_version(self) -> str:
         """The newest API it speaks; Refused if it is no engine at all."""
@@ -240,7 +314,8 @@ class Engine:
     ) -> Made:
         """Wait for work that may take long; BuilderLost when the engine shows no sign of life.
 
-        `moved` tells how many octets the work's connection has moved.
+        `moved` tells how many octets the work's connection has moved. What is sent counts only as
+        far as nothing of ours makes that by itself: a local buffer takes it from us in any case.
         """
         watching = asyncio.create_task(self._watch(moved))
         try:
@@ -271,7 +346,7 @@ class Engine:
                 misses, heard, alive_at = 0, moved, time.monotonic()
                 continue
             try:
-                await self.ping()
+                await self._sign()
                 misses, alive_at = 0, time.monotonic()
             except (BuilderOrchError, Refused) as error:
                 misses += 1
@@ -279,6 +354,13 @@ class Engine:
                 if misses >= VIGIL_MISSES:
                     return f"{silence} ({error})"
                 self.emit(Warned("builder-silent", f"the builder gives {silence}: {error}"))
+
+    async def _sign(self) -> None:
+        try:
+            async with asyncio.timeout(SIGN_S):
+                await self.ping()
+        except TimeoutError:
+            raise lost("the ping", f"no answer in {SIGN_S:g} s") from None
 
     async def _ask(
         self, doing: str, work: Callable[[Client, Line], Made], timeout_s: float | None
@@ -352,6 +434,18 @@ async def wait_for_engine(
             f"the tunnel is up, but the builder's engine was not ready in {limit_s:g} s: {error}",
             hint="Run it again; if it stays so, look at the builder's own log.",
         ) from None
+
+
+def _header(login: Login, registry: str) -> dict[str, str]:
+    secret = login.password.reveal()
+    if not login.username:
+        return {"identitytoken": secret, "serveraddress": registry}
+    return {"username": login.username, "password": secret, "serveraddress": registry}
+
+
+def _size(found: object) -> int:
+    size = found.get("Size") if isinstance(found, dict) else None
+    return size if isinstance(size, int) else 0
 
 
 def _drain(answer: Iterator[bytes | str], take: Take) -> None:

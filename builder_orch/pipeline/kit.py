@@ -3,37 +3,60 @@
 import asyncio
 import os
 import re
+import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
+from types import MappingProxyType
+from typing import Protocol, TypeVar
 
-from builder_orch.buildkit.control import Control
+from builder_orch.buildkit.control import Control, Tls
+from builder_orch.buildkit.export import Unsafe
 from builder_orch.buildkit.filesync import FileSync, Synced
 from builder_orch.buildkit.grpc import Failed
-from builder_orch.buildkit.http2 import Lost
+from builder_orch.buildkit.http2 import Lost, Vigilance
 from builder_orch.buildkit.progress import Watching
-from builder_orch.buildkit.session import Offer
-from builder_orch.buildkit.solve import Options, solve
+from builder_orch.buildkit.session import Credentials, Offer
+from builder_orch.buildkit.solve import Options, Result, solve
 from builder_orch.buildkit.tree import Member, Tree
-from builder_orch.events import Emit, Event, Progress, Retry, Step
-from builder_orch.pipeline.context import IGNORE_FILE, OUTSIDE_NAME, Context
-from builder_orch.pipeline.engine import Engine, Recipe, lost
+from builder_orch.events import Emit, Event, Progress, Retry, Step, Warned
+from builder_orch.pipeline.context import IGNORE_FILE, OUTSIDE_NAME, Context, members_of
+from builder_orch.pipeline.engine import Recipe, lost
 from builder_orch.pipeline.ignore import Ignore
+from builder_orch.pipeline.logins import Named
 from builder_orch.pipeline.messages import Failure
-from builder_orch.pipeline.outside import Credentials
+from builder_orch.pipeline.output import (
+    Exported,
+    Form,
+    Output,
+    discarding,
+    not_written,
+    put_in_place,
+)
+from builder_orch.pipeline.outside import Logins
 
 CONTEXT, DOCKERFILE = "context", "dockerfile"
 """What the frontend calls its two directories."""
+NAMED = "named-"
+"""Before the names of further ones, which must not be taken for those two."""
+IMAGE_URL = "docker-image://"
 PROGRESS_EVERY_S = 0.5
+
+Done = TypeVar("Done")
 
 _EXIT_CODE = re.compile(r"exit code: (\d{1,10})\Z")
 _WRAPPED = re.compile(
     r"(?:failed to solve(?: with frontend \S+)?: |failed to (?:build LLB|create LLB definition): "
     r"|rpc error: code = \w+ desc = )+"
 )
-_NO_SESSION = re.compile(r"no active session|session healthcheck failed", re.IGNORECASE)
+_NO_SESSION = re.compile(
+    r"no active session|session healthcheck failed|context cancell?ed\Z|transport is closing"
+    r"|no such job|error reading from server: EOF",
+    re.IGNORECASE,
+)
+"""What an engine says when it took us for gone: its build is cancelled, by nobody here."""
 
 
 class Broken(Exception):
@@ -88,66 +111,150 @@ class Journey:
         self.emit(event)
 
 
+class Host(Protocol):
+    """Whoever has a BuildKit: a Docker engine, or a daemon that is nothing else (`bare`)."""
+
+    @property
+    def bare(self) -> bool: ...
+    @property
+    def version(self) -> str: ...
+    @property
+    def vigilance(self) -> Vigilance: ...
+    @property
+    def tls(self) -> Tls | None: ...
+    async def connect(self, doing: str) -> socket.socket: ...
+    async def attend(
+        self, doing: str, working: asyncio.Task[Done], moved: Callable[[], int]
+    ) -> Done: ...
+
+
 async def build_by_kit(
-    engine: Engine,
+    engine: Host,
     control: Control,
     context: Context,
     recipe: Recipe,
     journey: Journey,
-    credentials: Credentials | None,
-) -> Made:
+    logins: Logins,
+) -> Made | Exported:
     """Have BuildKit build it. Broken when a step fails, BuilderLost when the engine is gone."""
-
-    async def login(host: str) -> tuple[str, str] | None:
-        # The platform's own registry only: a builder is not shown the user's other passwords.
-        if credentials is None or host != recipe.name.partition("/")[0]:
-            return None
-        given = await credentials()
-        return given.username, given.password.reveal()
-
-    files = FileSync(trees(context), journey.moved, journey.synced)
-    key = shared_key(recipe.node, context.root)
-    offer = Offer(files, key, recipe.secrets, recipe.agents, login)
-    options = Options(
-        _dockerfile(context).name,
-        recipe.build_args,
-        recipe.labels,
-        recipe.target,
-        recipe.platform,
-        recipe.network,
-        recipe.hosts,
-        recipe.no_cache,
-        recipe.cache_from,
+    output = recipe.output
+    target = output.target() if _comes_here(engine, output) else None
+    files = FileSync(trees(context, recipe.contexts), journey.moved, journey.synced)
+    offer = Offer(
+        files,
+        shared_key(recipe.node, context.root),
+        recipe.secrets,
+        recipe.agents,
+        _login(context, recipe, journey, logins),
+        target,
     )
+    options = _options(context, recipe)
+    result = _result(engine, recipe)
 
     async def once() -> dict[str, str]:
         watching = Watching()
         try:
-            return await solve(
-                control, offer, options, journey, name=recipe.name, watching=watching
-            )
+            with discarding(target, only_failed=True):
+                return await solve(
+                    control, offer, options, journey, result=result, watching=watching
+                )
         except Failed as error:
             raise _broken(watching, str(error)) from None
+        except (OSError, Unsafe) as error:
+            assert output.place is not None
+            raise not_written(output.place, error) from None
 
-    async def work() -> dict[str, str]:
-        try:
-            return await once()
-        except Broken as error:
-            if error.step is not None or not _NO_SESSION.search(error.failure.message):
-                raise
-            journey(Retry("build", 1, "the engine lost sight of our session", 0.0))
-            return await once()
-
-    working = asyncio.create_task(work())
+    working = asyncio.create_task(_by_two_sessions(once, journey))
     pipe = control.pipe
-    try:
-        made = await engine.attend("the build", working, lambda: pipe.sent + pipe.received)
-    except Lost as error:
-        raise lost("the build", str(error)) from None
+    with discarding(target):
+        try:
+            made = await engine.attend("the build", working, lambda: pipe.received)
+        except Lost as error:
+            raise lost("the build", str(error)) from None
+        if target is not None:
+            return put_in_place(target, output, made.get("containerimage.digest", ""))
+    return _made(made, control)
+
+
+def _made(made: Mapping[str, str], control: Control) -> Made:
     keys = ["containerimage.digest", "containerimage.config.digest"]
     if not control.containerd_store:
         keys.reverse()
     return Made(tuple(made[key] for key in keys if key in made))
+
+
+def _comes_here(engine: Host, output: Output) -> bool:
+    """In the build itself, that is: an engine gives its images away afterwards."""
+    return output.exported or (engine.bare and output.form is Form.DOCKER)
+
+
+def _result(engine: Host, recipe: Recipe) -> Result:
+    """Which exporter: an engine keeps its images, a bare daemon pushes them."""
+    form = recipe.output.form
+    named = {"name": recipe.name} if recipe.name else {}
+    if _comes_here(engine, recipe.output):
+        return Result(form.value, named if form in {Form.OCI, Form.DOCKER} else {})
+    if not engine.bare:
+        return Result("moby", named)
+    return Result("image", {**named, "push": "true"}) if named else Result()
+
+
+async def _by_two_sessions(
+    once: Callable[[], Awaitable[dict[str, str]]], journey: Journey
+) -> dict[str, str]:
+    """Do it by another session when the engine loses one; Lost when it loses that as well."""
+    try:
+        return await once()
+    except Broken as error:
+        if not _NO_SESSION.search(error.failure.message):
+            raise
+    # What was sent whole it still has, so this takes up where that ended.
+    journey(Retry("build", 1, "the engine lost sight of our session", 0.0))
+    try:
+        return await once()
+    except Broken as error:
+        if not _NO_SESSION.search(error.failure.message):
+            raise
+        raise Lost(f"the engine lost sight of our session twice: {error}") from None
+
+
+def _options(context: Context, recipe: Recipe) -> Options:
+    named = {
+        name: f"local:{NAMED}{name}" if isinstance(given, Path) else given
+        for name, given in recipe.contexts.items()
+    }
+    return Options(
+        filename=_dockerfile(context).name,
+        build_args=recipe.build_args,
+        labels=recipe.labels,
+        target=recipe.target,
+        platforms=recipe.platforms,
+        network=recipe.network,
+        hosts=recipe.hosts,
+        no_cache=recipe.no_cache,
+        cache_from=recipe.cache_from,
+        cache_to=recipe.cache_to,
+        ulimits=recipe.ulimits,
+        contexts=named,
+    )
+
+
+def _login(context: Context, recipe: Recipe, emit: Emit, logins: Logins) -> Credentials:
+    """Logins for the registries that this build names, and for no others."""
+    caches = [one.attributes.get("ref", "") for one in (*recipe.cache_from, *recipe.cache_to)]
+    urls = [str(given) for given in recipe.contexts.values()]
+    images = [url.removeprefix(IMAGE_URL) for url in urls if url.startswith(IMAGE_URL)]
+    named = Named.by(context.dockerfile, recipe.build_args, [recipe.name, *caches, *images])
+
+    async def login(host: str) -> tuple[str, str] | None:
+        if host not in named:
+            emit(Warned("login", f"the builder asked for a login to {host}, which this build does "
+                        "not name; it got none"))  # fmt: skip
+            return None
+        given = await logins(host)
+        return None if given is None else (given.username, given.password.reveal())
+
+    return login
 
 
 def shared_key(node: str, root: Path) -> str:
@@ -155,9 +262,11 @@ def shared_key(node: str, root: Path) -> str:
     return sha256(os.fsencode(f"{node}\0{root.resolve()}")).hexdigest()
 
 
-def trees(context: Context) -> dict[str, Tree]:
-    """The two directories. The rules that were applied here travel beside the Dockerfile, where
-    they come before any other file of rules."""
+def trees(
+    context: Context, named: Mapping[str, Path | str] = MappingProxyType({})
+) -> dict[str, Tree]:
+    """The two directories, and those with names of their own. The rules that were applied here
+    travel beside the Dockerfile, where they come before any other file of rules."""
     members = [
         Member(entry.name, entry.path) for entry in context.entries if entry.name != OUTSIDE_NAME
     ]
@@ -167,10 +276,19 @@ def trees(context: Context) -> dict[str, Tree]:
         lines = ["# the rules of this build", *(rule.text for rule in context.ignore.rules), ""]
         text = "\n".join(lines).encode("utf-8", "surrogateescape")
         beside.append(Member(f"{dockerfile.name}{IGNORE_FILE}", content=text))
-    return {
+    others = {
+        f"{NAMED}{name}": _named(root) for name, root in named.items() if isinstance(root, Path)
+    }
+    return others | {
         CONTEXT: Tree(members, compile_patterns, context.root),
         DOCKERFILE: Tree(beside, compile_patterns),
     }
+
+
+def _named(root: Path) -> Tree:
+    """Of another directory, by its own .dockerignore."""
+    members = [Member(entry.name, entry.path) for entry in members_of(root)]
+    return Tree(members, compile_patterns, root)
 
 
 def compile_patterns(patterns: Sequence[str]) -> Callable[[str], bool]:

@@ -3,10 +3,10 @@
 import json
 import re
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from builder_orch.events import Event, Log, PhaseReason, Progress, Step
+from builder_orch.events import Event, Log, PhaseReason, Progress, Step, StepFinished
 
 LINE_LIMIT = 32 * 1024 * 1024
 """Octets of one message, at most; a longer one is not kept."""
@@ -162,7 +162,32 @@ class BuildMessages:
             yield Log(bare, "engine")
         elif bare.strip():
             self.tail.append(bare)
-            yield Log(text)
+            yield Log(text, step=self.step)
+
+
+@dataclass(slots=True)
+class StepTimes:
+    """Says when the steps of a classic build end: when the next begins, or the build ends."""
+
+    clock: Callable[[], float]
+    _step: Step | None = None
+    _began: float = 0.0
+
+    def take(self, event: Event) -> Iterator[Event]:
+        """The event, and before it the end of a step if it means that."""
+        if isinstance(event, Step):
+            if event.cached:
+                self._step = None
+            else:
+                yield from self.finish()
+                self._step, self._began = event, self.clock()
+        yield event
+
+    def finish(self) -> Iterator[Event]:
+        """There are no more steps."""
+        if self._step is not None:
+            yield StepFinished(self._step, self.clock() - self._began)
+            self._step = None
 
 
 @dataclass(slots=True)

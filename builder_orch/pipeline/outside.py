@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from ipaddress import IPv6Address
 from typing import Protocol
 
+from builder_orch.api.keyring import Keyring
 from builder_orch.api.models import App, Build, Builder, Organization, Peer, Region, Release
 from builder_orch.events import Emit, Warned
-from builder_orch.pipeline.engine import Login, Pause
-from builder_orch.tunnel.carrier import Route
+from builder_orch.pipeline.engine import Engine, Login, Pause
+from builder_orch.tunnel.carrier import Route, Sign
 from builder_orch.tunnel.config import TunnelConfig
 
 CLEAN_UP_S = 5.0
@@ -35,6 +36,8 @@ class Platform(Protocol):
         ephemeral: bool,
     ) -> Peer: ...
     async def remove_peer(self, organization: Organization, name: str) -> None: ...
+    async def validate_peers(self, addresses: Iterable[IPv6Address]) -> list[IPv6Address]: ...
+    async def machine_state(self, app_name: str, machine_id: str) -> str: ...
     async def ensure_builder(self, app: App, region: str | None) -> Builder: ...
     async def create_build(
         self, app: App, *, machine_id: str, strategies: Iterable[str]
@@ -70,12 +73,23 @@ class Tunnel(Protocol):
     async def dial(self, host: str, port: int, *, timeout_s: float = 30.0) -> socket.socket: ...
     async def resolve(self, name: str) -> list[IPv6Address]: ...
     async def ready(self, *, timeout_s: float, report: Callable[[str], None]) -> float: ...
+    async def ping(self, address: IPv6Address, *, timeout_s: float = 5.0) -> float: ...
     async def route(self) -> Route: ...
+    async def signs(self) -> tuple[Sign, ...]: ...
     async def moved(self, route: Route) -> Route: ...
+    async def twin(self) -> None: ...
 
 
 OpenTunnel = Callable[[TunnelConfig], AbstractAsyncContextManager[Tunnel]]
+TakePeer = Callable[[Organization, Emit], Awaitable[TunnelConfig]]
 Credentials = Callable[[], Awaitable[Login]]
+Logins = Callable[[str], Awaitable[Login | None]]
+"""For a registry's host; None where there is none."""
+
+
+async def nobody(host: str) -> Login | None:  # noqa: ARG001
+    """For no registry at all."""
+    return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,13 +100,21 @@ class Limits:
     handshake_s: float = 120.0
     resolver_s: float = 20.0
     engine_s: float = 120.0
+    build_s: float | None = None
+    stall_s: float | None = 600.0
+    return_s: float = 60.0
     release_s: float = 300.0
     answer_s: float = 10.0
 
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """The platform, a way to it and its registry. `credentials` are asked for at each push."""
+    """The platform, a way to it and its registry. `credentials` are asked for at each push.
+
+    `keyring` is where peers are written down, so that what a killed run leaves is removed by the
+    next one; `identity` names the platform there. `logins` are the user's own, for other
+    registries; `here` is an engine on this machine.
+    """
 
     platform: Platform
     open_tunnel: OpenTunnel
@@ -100,6 +122,18 @@ class World:
     credentials: Credentials
     limits: Limits = field(default_factory=Limits)
     pause: Pause = asyncio.sleep
+    shared_peer: TakePeer | None = None
+    """Where the peer comes from if it is not one of this run's own."""
+    keyring: Keyring | None = None
+    identity: str = ""
+    logins: Logins = nobody
+    here: Engine | None = None
+
+    async def login(self, host: str) -> Login | None:
+        """For a registry's host: the platform's own is for its own."""
+        if host == self.registry.partition("/")[0]:
+            return await self.credentials()
+        return await self.logins(host)
 
 
 async def settle(doing: str, work: Awaitable[object], emit: Emit) -> bool:

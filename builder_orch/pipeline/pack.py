@@ -4,7 +4,7 @@ import errno
 import os
 import stat
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from io import FileIO
 from tarfile import BLOCKSIZE, DIRTYPE, PAX_FORMAT, REGTYPE, SYMTYPE, TarInfo
@@ -12,8 +12,10 @@ from typing import ClassVar
 
 from builder_orch.errors import ContextRefused
 from builder_orch.events import Emit, Event
-from builder_orch.pipeline.context import Context, Directory, Entry, Kind, kind_of, scan, unreadable
+from builder_orch.pipeline.context import Context, Directory, scan
+from builder_orch.pipeline.lock import check_lock
 from builder_orch.pipeline.thread import in_thread
+from builder_orch.pipeline.walk import Entry, Kind, kind_of, unreadable
 
 CHUNK = 256 * 1024
 """Octets handed on at a time: small files travel together, large ones in pieces of this."""
@@ -33,12 +35,18 @@ class Pack:
         said: list[Event] = []
         try:
             return await in_thread(
-                lambda: scan(given, said.append, going_on=lambda: not stop.is_set()),
-                give_up=stop.set,
+                lambda: _checked(given, said.append, lambda: not stop.is_set()), give_up=stop.set
             )
         finally:
             for event in said:
                 emit(event)
+
+
+def _checked(given: Directory, emit: Emit, going_on: Callable[[], bool]) -> Context:
+    context = scan(given, emit, going_on=going_on)
+    if given.check:
+        check_lock(context, going_on=going_on)
+    return context
 
 
 def archive(context: Context) -> Iterator[bytes]:

@@ -1,6 +1,7 @@
 """From an image on the builder to a digest in the registry."""
 
 import re
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -16,9 +17,8 @@ from builder_orch.errors import BuilderFull, BuilderOrchError, PushDenied, PushF
 from builder_orch.events import Emit, Retry, Warned
 from builder_orch.pipeline.build import Built
 from builder_orch.pipeline.context import readable
-from builder_orch.pipeline.engine import Engine, Pause, Refused
+from builder_orch.pipeline.engine import Engine, Login, Pause, Refused
 from builder_orch.pipeline.messages import PushMessages
-from builder_orch.pipeline.outside import Credentials
 from builder_orch.pipeline.thread import Relay
 
 TRIES = 3
@@ -62,7 +62,7 @@ class Push:
     engine: Engine
     repository: str
     label: str
-    credentials: Credentials
+    credentials: Callable[[], Awaitable[Login | None]]
     pause: Pause
     name: ClassVar[str] = "push"
 
@@ -146,7 +146,7 @@ class Push:
         if "no space left on device" in said and registry not in said:
             return BuilderFull(
                 f"a disk is full, the builder's or the registry's: {said}",
-                hint="Prune what the builder no longer needs, or look at the registry's disk.",
+                hint="Make room with fly-build builder prune, or look at the registry's disk.",
             )
         if _TRANSPORT.search(said):
             return _Broke(

@@ -7,14 +7,16 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from builder_orch.api.models import Builder, Organization
-from builder_orch.errors import TunnelNotUp
+from builder_orch.errors import BuilderNotProvisioned, BuilderOrchError, ResolverDown
 from builder_orch.events import Emit, PhaseReason, Transport, Warned
 from builder_orch.pipeline.engine import Engine, wait_for_engine
-from builder_orch.pipeline.outside import Limits, OpenTunnel, Tunnel, World
+from builder_orch.pipeline.outside import Limits, OpenTunnel, Platform, Tunnel, World
 from builder_orch.pipeline.peer import AddPeer
+from builder_orch.pipeline.readiness import Readiness, Witness
 from builder_orch.tunnel.carrier import Route
 from builder_orch.tunnel.config import TunnelConfig
 
+PING_S = 3.0
 PROBE = "_api.internal"
 """A name that the resolver inside always knows."""
 
@@ -41,6 +43,7 @@ class Open:
     open_tunnel: OpenTunnel
     closing: AsyncExitStack
     limits: Limits
+    platform: Platform | None = None
     name: ClassVar[str] = "tunnel"
 
     async def run(self, given: TunnelConfig, emit: Emit) -> tuple[Tunnel, float]:
@@ -50,7 +53,8 @@ class Open:
             emit(PhaseReason(self.name, reason))
 
         report("waiting for the handshake")
-        handshake_s = await tunnel.ready(timeout_s=self.limits.handshake_s, report=report)
+        witness = Witness(self.platform, given.address) if self.platform is not None else None
+        handshake_s = await Readiness(tunnel, witness, self.limits.handshake_s, report).wait()
         route = await tunnel.route()
         emit(Transport(route.kind, route.endpoint, handshake_s, route.why))
         watching = asyncio.create_task(_tell_moves(tunnel, route, emit))
@@ -60,12 +64,31 @@ class Open:
             async with asyncio.timeout(self.limits.resolver_s):
                 await tunnel.resolve(PROBE)
         except OSError as error:
-            raise TunnelNotUp(
-                f"the gateway answered the handshake, but the resolver [{given.dns}] inside the "
-                f"tunnel does not give {PROBE}: {str(error) or 'no answer in time'}",
-                hint="Run it again; if it stays so, the gateway does not forward this peer yet.",
-            ) from None
+            cause = str(error) or "no answer in time"
+            raise await _no_names(tunnel, given, cause) from None
         return tunnel, handshake_s
+
+
+async def _no_names(tunnel: Tunnel, config: TunnelConfig, cause: str) -> ResolverDown:
+    """The gateway answered the handshake; does anything else come back from behind it?"""
+    said = (
+        f"the gateway answered the handshake, but the resolver [{config.dns}] inside the "
+        f"tunnel does not give {PROBE}: {cause}"
+    )
+    if config.dns is not None:
+        try:
+            await tunnel.ping(config.dns, timeout_s=PING_S)
+        except OSError:
+            return ResolverDown(
+                f"{said}; nor does it answer a ping",
+                hint="Run it again; if it stays so, the gateway does not forward this peer's "
+                "packets, which those who run the platform can mend.",
+            )
+    return ResolverDown(
+        f"{said}; it does answer a ping",
+        hint="Run it again; if it stays so, the resolver has failed, which those who run the "
+        "platform can mend.",
+    )
 
 
 async def _tell_moves(tunnel: Tunnel, route: Route, emit: Emit) -> None:
@@ -88,18 +111,37 @@ class Reach:
 
     async def run(self, given: Builder, emit: Emit) -> Reached:
         world = self.world
-        config = await AddPeer(world.platform, self.closing, self.host).run(self.organization, emit)
-        tunnel, handshake_s = await Open(world.open_tunnel, self.closing, world.limits).run(
-            config, emit
-        )
+        take = world.shared_peer
+        if take is None:
+            own = AddPeer(world.platform, self.closing, self.host, world.keyring, world.identity)
+            take = own.run
+        config = await take(self.organization, emit)
+        opening = Open(world.open_tunnel, self.closing, world.limits, world.platform)
+        tunnel, handshake_s = await opening.run(config, emit)
 
         def report(reason: str) -> None:
             emit(PhaseReason(self.name, reason))
 
         report(f"waiting for the engine at [{given.address}]")
-        engine = await wait_for_engine(
-            Engine(given.address, tunnel.dial, pause=world.pause, emit=emit),
-            report,
-            limit_s=world.limits.engine_s,
-        )
+        try:
+            engine = await wait_for_engine(
+                Engine(given.address, tunnel.dial, pause=world.pause, emit=emit),
+                report,
+                limit_s=world.limits.engine_s,
+            )
+        except BuilderNotProvisioned as error:
+            says = await _machine_state(world.platform, given)
+            raise BuilderNotProvisioned(f"{error}; {says}", hint=error.hint) from None
         return Reached(tunnel, engine, handshake_s)
+
+
+async def _machine_state(platform: Platform, builder: Builder) -> str:
+    """What the platform says of a builder that does not answer."""
+    machine = f"machine {builder.machine_id}"
+    try:
+        state = await platform.machine_state(builder.app_name, builder.machine_id)
+    except BuilderOrchError as error:
+        return f"the platform cannot be asked about its {machine} ({error})"
+    if not state:
+        return f"the platform has no {machine} any more"
+    return f"the platform says its {machine} is {state}"

@@ -88,6 +88,17 @@ class FakeEngine:
     tag_status: int = 201
     ping: Script = (b"OK",)
     version: object = field(default_factory=lambda: {"ApiVersion": "1.41"})
+    info: object = field(
+        default_factory=lambda: {"ServerVersion": "20.10.24", "NCPU": 2, "MemTotal": 4_000_000_000}
+    )
+    held: object = field(
+        default_factory=lambda: {
+            "LayersSize": 7_000_000,
+            "Images": [{}, {}],
+            "BuildCache": [{"Size": 2_000_000}, {"Size": 1_000_000}, "garbage"],
+        }
+    )
+    freeing: bool = True
     reading: asyncio.Event = field(default_factory=asyncio.Event)
     refuse: int = 0
     kit: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]] | None = None
@@ -184,6 +195,13 @@ class FakeEngine:
                 await self._play(writer, 200, self.ping)
             case _, ["version"]:
                 await self._play(writer, 200, [json.dumps(self.version).encode()])
+            case "GET", ["info"]:
+                await self._play(writer, 200, [json.dumps(self.info).encode()])
+            case "GET", ["system", "df"]:
+                await self._play(writer, 200, [json.dumps(self.held).encode()])
+            case "POST", ["images" | "build", "prune"]:
+                freed = {"SpaceReclaimed": 1_500_000} if self.freeing else {"message": "?"}
+                await self._play(writer, 200, [json.dumps(freed).encode()])
             case "POST", ["grpc"]:
                 await self._play(writer, 404, [message(message="page not found")])
             case "POST", ["build"]:

@@ -20,7 +20,7 @@ from builder_orch.api.models import (
 from builder_orch.errors import AppUnknown, TunnelNotUp
 from builder_orch.pipeline.engine import Login
 from builder_orch.pipeline.outside import Limits, World
-from builder_orch.tunnel.carrier import Route
+from builder_orch.tunnel.carrier import Route, Sign
 from builder_orch.tunnel.config import PublicKey, TunnelConfig
 from tests.pipeline.fake_engine import FakeEngine, running
 
@@ -39,12 +39,16 @@ class FakePlatform:
     held: set[str] = field(default_factory=set)
     reached: dict[str, asyncio.Event] = field(default_factory=dict)
     calls: list[str] = field(default_factory=list)
+    machine_id: str = "m1"
     peers: dict[str, str] = field(default_factory=dict)
     keys: list[str] = field(default_factory=list)
     builds: dict[str, dict[str, object]] = field(default_factory=dict)
     releases: dict[int, Release] = field(default_factory=dict)
     updates: list[str] = field(default_factory=list)
     definitions: list[Mapping[str, object]] = field(default_factory=list)
+    knows_peers: bool = True
+    has_gateway: bool = True
+    machine: str = "started"
     turns: list[tuple[str, bool, str]] = field(
         default_factory=lambda: [("running", True, "starting"), ("complete", False, "")]
     )
@@ -78,7 +82,7 @@ class FakePlatform:
 
     async def nearest_region(self) -> Region:
         await self._called("nearest_region")
-        return Region("here", "Here")
+        return Region("here", "Here", self.has_gateway)
 
     async def add_peer(
         self,
@@ -89,7 +93,6 @@ class FakePlatform:
         region: str | None,
         ephemeral: bool,
     ) -> Peer:
-        assert ephemeral
         self.peers[name] = public_key
         self.keys.append(public_key)
         await self._called("add_peer")
@@ -99,9 +102,17 @@ class FakePlatform:
         await self._called("remove_peer")
         del self.peers[name]
 
+    async def validate_peers(self, addresses: Iterable[IPv6Address]) -> list[IPv6Address]:
+        await self._called("validate_peers")
+        return [] if self.knows_peers else list(addresses)
+
+    async def machine_state(self, app_name: str, machine_id: str) -> str:
+        await self._called("machine_state")
+        return self.machine
+
     async def ensure_builder(self, app: App, region: str | None) -> Builder:
         await self._called("ensure_builder")
-        return Builder("fly-builder", "m1", "started", IPv6Address("fdaa:0:1::b"))
+        return Builder("fly-builder", self.machine_id, "started", IPv6Address("fdaa:0:1::b"))
 
     async def create_build(self, app: App, *, machine_id: str, strategies: Iterable[str]) -> Build:
         await self._called("create_build")
@@ -174,6 +185,8 @@ class FakeTunnel:
     arrived: asyncio.Event = field(default_factory=asyncio.Event)
     configs: list[TunnelConfig] = field(default_factory=list)
     moves: list[Route] = field(default_factory=list)
+    shown: tuple[Sign, ...] = ()
+    usurped: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def dial(self, host: str, port: int, *, timeout_s: float = 30.0) -> socket.socket:
         self.dialled.append((host, port))
@@ -187,8 +200,8 @@ class FakeTunnel:
         return socket.create_connection(("127.0.0.1", self.app_port))
 
     async def resolve(self, name: str) -> list[IPv6Address]:
-        if self.failure == "resolve":
-            raise TimeoutError("the resolver does not answer")
+        if self.failure in {"resolve", "inside"}:
+            raise TimeoutError
         return [IPv6Address("fdaa:0:1::3")]
 
     async def ready(self, *, timeout_s: float, report: Callable[[str], None]) -> float:
@@ -197,13 +210,29 @@ class FakeTunnel:
             self.arrived.set()
             await asyncio.Event().wait()
         if self.failure == "ready":
+            await asyncio.sleep(timeout_s)
             raise TunnelNotUp("the gateway did not answer", hint="Check UDP.")
         return 0.012
 
+    async def ping(self, address: IPv6Address, *, timeout_s: float = 5.0) -> float:
+        if self.failure == "inside":
+            raise TimeoutError
+        return 0.001
+
+    async def twin(self) -> None:
+        await self.usurped.wait()
+
+    async def signs(self) -> tuple[Sign, ...]:
+        return self.shown
+
     async def route(self) -> Route:
+        if self.failure == "route":
+            raise ConnectionResetError("the tunnel's process has ended")
         return Route("udp", "192.0.2.1:51820", "it answered first")
 
     async def moved(self, route: Route) -> Route:
+        if self.failure == "moved":
+            raise ConnectionResetError("the tunnel's process has ended")
         if self.moves:
             return self.moves.pop(0)
         await asyncio.Event().wait()

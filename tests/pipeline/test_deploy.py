@@ -18,6 +18,7 @@ from builder_orch.errors import (
     PlatformUnavailable,
     PushDenied,
     ReleaseFailed,
+    ResolverDown,
     TunnelNotUp,
 )
 from builder_orch.events import (
@@ -33,6 +34,7 @@ from builder_orch.events import (
 )
 from builder_orch.pipeline.context import Directory
 from builder_orch.pipeline.deploy import Deployed, Order, deploy, ulid
+from builder_orch.pipeline.liveness import RETURNS
 from builder_orch.pipeline.outside import Limits
 from builder_orch.pipeline.peer import peer_name
 from tests.pipeline.fake_engine import Act, built, image_id, message, pushed
@@ -191,6 +193,7 @@ def no_peer(outside: FakeWorld, order: Order) -> None:
 
 def no_handshake(outside: FakeWorld, order: Order) -> None:
     outside.tunnel.failure = "ready"
+    outside.limits = replace(outside.limits, handshake_s=0.02)
 
 
 def no_resolver(outside: FakeWorld, order: Order) -> None:
@@ -200,6 +203,15 @@ def no_resolver(outside: FakeWorld, order: Order) -> None:
 def no_engine(outside: FakeWorld, order: Order) -> None:
     outside.engine.refuse = 10**9
     outside.limits = replace(outside.limits, engine_s=0.02)
+
+
+def nothing_inside(outside: FakeWorld, order: Order) -> None:
+    outside.tunnel.failure = "inside"
+
+
+def builder_stopped(outside: FakeWorld, order: Order) -> None:
+    no_engine(outside, order)
+    outside.platform.machine = "stopped"
 
 
 def step_fails(outside: FakeWorld, order: Order) -> None:
@@ -239,8 +251,10 @@ def bad_answer(outside: FakeWorld, order: Order) -> None:
         (no_builder, "provision", BuilderNotProvisioned, "no builder within"),
         (no_peer, "tunnel", PlatformUnavailable, "down"),
         (no_handshake, "tunnel", TunnelNotUp, "did not answer"),
-        (no_resolver, "tunnel", TunnelNotUp, "answered the handshake, but the resolver"),
+        (no_resolver, "tunnel", ResolverDown, "no answer in time; it does answer a ping"),
+        (nothing_inside, "tunnel", ResolverDown, "no answer in time; nor does it answer a ping"),
         (no_engine, "tunnel", BuilderNotProvisioned, "tunnel is up, but the builder's engine"),
+        (builder_stopped, "tunnel", BuilderNotProvisioned, "says its machine m1 is stopped"),
         (step_fails, "build", BuildFailed, "exit code 3"),
         (engine_dies, "build", BuilderLost, "connection reset"),
         (push_denied, "push", PushDenied, "denied"),
@@ -266,8 +280,10 @@ async def test_a_failure_is_announced_once_and_leaves_nothing_behind(
     assert type(caught.value) is kind
     assert said in str(caught.value)
     assert caught.value.hint
-    (failed,) = [event for event in events if isinstance(event, PhaseFailed)]
+    *before, failed = [event for event in events if isinstance(event, PhaseFailed)]
     assert (failed.phase, failed.error) == (phase, caught.value)
+    # Only who lost the builder goes back to it.
+    assert len(before) == (RETURNS if kind is BuilderLost else 0)
     assert outside.leaves_nothing()
     before_release = PHASES.index(phase) < PHASES.index("release")
     statuses = [record["status"] for record in outside.platform.builds.values()]

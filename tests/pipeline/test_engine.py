@@ -78,7 +78,9 @@ async def build(
     recipe = recipe or Recipe(context.dockerfile_name)
     async with building(engine_of(fake), context, recipe, emit) as under_way:
         await perform(Send(), under_way, emit)
-        return await perform(Build(), under_way, emit)
+        built = await perform(Build(), under_way, emit)
+        assert isinstance(built, Built)
+        return built
 
 
 # --- building

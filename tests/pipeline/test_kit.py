@@ -10,7 +10,9 @@ import pytest
 
 from builder_orch.api.models import Secret
 from builder_orch.buildkit.grpc import Code, Failed
-from builder_orch.buildkit.wire import fields, text_field
+from builder_orch.buildkit.messages import Cache
+from builder_orch.buildkit.sshagent import SocketAgent
+from builder_orch.buildkit.wire import bytes_field, fields, text_field
 from builder_orch.errors import (
     BuilderLost,
     BuilderOrchError,
@@ -19,11 +21,12 @@ from builder_orch.errors import (
     DockerfileInvalid,
     UsageFailure,
 )
-from builder_orch.events import Event, PhaseFinished, PhaseReason, Retry, Step
+from builder_orch.events import Event, PhaseFinished, PhaseReason, Retry, Step, Warned
 from builder_orch.pipeline.build import Build, Built, Send, building
 from builder_orch.pipeline.context import Directory, scan
 from builder_orch.pipeline.engine import BUILDKIT, CLASSIC, Engine, Login, Recipe
 from builder_orch.pipeline.kit import shared_key
+from builder_orch.pipeline.output import Exported, Form, Output
 from builder_orch.pipeline.stage import perform
 from tests.buildkit.fake_daemon import IMAGE, FakeDaemon, Session, log, vertex, whole_context
 from tests.pipeline.fake_engine import End, FakeEngine, image_id, running
@@ -55,8 +58,8 @@ async def never(seconds: float) -> None:
     await asyncio.Event().wait()
 
 
-async def credentials() -> Login:
-    return Login("x", Secret("planted-token"))
+async def logins(host: str) -> Login | None:
+    return Login("x", Secret("planted-token")) if host == "registry.test" else None
 
 
 async def build(
@@ -65,9 +68,11 @@ async def build(
     emit = (events if events is not None else []).append
     context = scan(Directory(root, ignorefile=None), emit)
     engine = Engine(IPv6Address("fdaa::2"), fake.dial, "1.41", pause=never)
-    async with building(engine, context, recipe, emit, credentials) as under_way:
+    async with building(engine, context, recipe, emit, logins) as under_way:
         await perform(Send(), under_way, emit)
-        return await perform(Build(), under_way, emit)
+        built = await perform(Build(), under_way, emit)
+        assert isinstance(built, Built)
+        return built
 
 
 async def test_buildkit_is_taken_where_it_is_and_its_image_read_back(
@@ -160,6 +165,34 @@ async def test_a_session_that_the_engine_lost_is_replaced_once(
     assert len(set(daemon.session_ids)) == 2
 
 
+@pytest.mark.parametrize("said", ["session healthcheck failed fatally", "context canceled"])
+async def test_what_was_sent_to_a_session_that_is_lost_is_not_sent_again(
+    fake: FakeEngine, daemon: FakeDaemon, root: Path, said: str
+) -> None:
+    async def script(session: Session, daemon: FakeDaemon) -> None:
+        await whole_context(session, daemon)
+        if len(daemon.requests) == 1:
+            await daemon.say(vertex("[3/3] RUN make", error=said))
+            raise Failed(Code.UNKNOWN, said)
+
+    daemon.script = script
+    await build(fake, root)
+    assert len(daemon.requests) == 2
+    assert daemon.asked == ["Dockerfile", ".dockerignore", "Dockerfile", "kept"]
+
+
+async def test_an_engine_that_loses_every_session_is_lost_itself(
+    fake: FakeEngine, daemon: FakeDaemon, root: Path
+) -> None:
+    async def script(session: Session, daemon: FakeDaemon) -> None:
+        raise Failed(Code.UNKNOWN, "context canceled")
+
+    daemon.script = script
+    with pytest.raises(BuilderLost, match="lost sight of our session twice"):
+        await build(fake, root)
+    assert len(daemon.requests) == 2
+
+
 async def test_an_engine_that_leaves_in_the_middle_is_lost(
     fake: FakeEngine, daemon: FakeDaemon, root: Path
 ) -> None:
@@ -225,7 +258,12 @@ async def test_classic_is_taken_when_it_is_asked_for_or_all_there_is(
         ("COPY --link a b", RECIPE, DockerfileInvalid, "Dockerfile:3: COPY --link"),
         ("RUN <<EOF\ntrue\nEOF", RECIPE, DockerfileInvalid, "here-document"),
         ("", replace(RECIPE, secrets={"a": bytes}), UsageFailure, "--secret needs BuildKit"),
-        ("", replace(RECIPE, agents={"a": Path("/x")}), UsageFailure, "--ssh needs BuildKit"),
+        (
+            "",
+            replace(RECIPE, agents={"a": SocketAgent(Path("/x"))}),
+            UsageFailure,
+            "--ssh needs BuildKit",
+        ),
         ("", replace(RECIPE, builder=BUILDKIT), UsageFailure, "has no BuildKit: it answers"),
     ],
 )
@@ -250,3 +288,82 @@ def test_a_directory_of_a_user_has_one_key(tmp_path: Path) -> None:
     assert shared_key("me", tmp_path) == shared_key("me", tmp_path / "." / "x" / "..")
     assert shared_key("me", tmp_path) != shared_key("you", tmp_path)
     assert shared_key("me", tmp_path) != shared_key("me", tmp_path / "x")
+
+
+ASK = "/moby.filesync.v1.Auth/Credentials"
+
+
+async def test_a_login_is_given_for_what_the_build_names_and_for_nothing_else(
+    fake: FakeEngine, daemon: FakeDaemon, root: Path
+) -> None:
+    got: dict[str, bytes] = {}
+
+    async def script(session: Session, daemon: FakeDaemon) -> None:
+        for host in ("registry.test", "other.test"):
+            got[host] = await session.ask(ASK, text_field(1, host))
+
+    daemon.script = script
+    events: list[Event] = []
+    await build(fake, root, events=events)
+    assert dict(fields(got["registry.test"])) == {1: b"x", 2: b"planted-token"}
+    assert dict(fields(got["other.test"])) == {}
+    (warned,) = [one for one in events if isinstance(one, Warned)]
+    assert "other.test" in warned.message
+    assert "planted" not in repr(events)
+
+
+async def test_a_login_that_cannot_be_had_is_why_the_build_failed(
+    fake: FakeEngine, daemon: FakeDaemon, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def locked(host: str) -> Login | None:
+        raise UsageFailure("the keychain is locked", hint="Unlock it.")
+
+    async def script(session: Session, daemon: FakeDaemon) -> None:
+        await session.ask(ASK, text_field(1, "registry.test"))
+
+    daemon.script = script
+    monkeypatch.setattr("tests.pipeline.test_kit.logins", locked)
+    with pytest.raises(UsageFailure, match="the keychain is locked"):
+        await build(fake, root)
+
+
+async def test_a_result_comes_here_when_all_went_well(
+    fake: FakeEngine, daemon: FakeDaemon, root: Path, tmp_path: Path
+) -> None:
+    place = tmp_path / "out.tar"
+    recipe = replace(RECIPE, output=Output(Form.TAR, place))
+
+    async def script(session: Session, daemon: FakeDaemon) -> None:
+        call = session.channel.call("/moby.filesync.v1.FileSend/DiffCopy")
+        await call.send(bytes_field(1, b"archive"), end=True)
+        assert await call.receive() is None
+        if len(daemon.requests) == 1:
+            raise Failed(Code.UNKNOWN, "no active session for abc: context deadline exceeded")
+
+    daemon.script = script
+    context = scan(Directory(root), lambda _: None)
+    engine = Engine(IPv6Address("fdaa::2"), fake.dial, "1.41", pause=never)
+    async with building(engine, context, recipe, lambda _: None, logins) as under_way:
+        made = await perform(Build(), under_way, lambda _: None)
+    assert made == Exported(Form.TAR, place, 7, IMAGE)
+    assert place.read_bytes() == b"archive"
+    assert daemon.requests[-1][3] == [b"tar"]
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"cache_to": (Cache("inline"),)}, "--cache-to needs BuildKit"),
+        ({"ulimits": {"nofile": "1:1"}}, "--ulimit needs BuildKit"),
+        ({"contexts": {"a": Path("/")}}, "--build-context needs BuildKit"),
+        ({"platforms": ("linux/amd64", "linux/arm64")}, "more than one --platform needs"),
+        ({"output": Output(Form.LOCAL, Path("/nonexistent"))}, "--dest type=local needs"),
+    ],
+)
+async def test_the_classic_builder_is_not_asked_for_what_it_would_ignore(
+    fake: FakeEngine, root: Path, more: dict[str, object], said: str
+) -> None:
+    recipe = replace(RECIPE, builder=CLASSIC, **more)  # type: ignore[arg-type]
+    with pytest.raises(UsageFailure, match=said):
+        await build(fake, root, recipe)
+    assert fake.asked("POST /build") == []

@@ -13,9 +13,16 @@ from builder_orch.errors import (
     BuildFailed,
     DockerfileInvalid,
 )
-from builder_orch.events import Event, Log, Progress, Step
+from builder_orch.events import Event, Log, Progress, Step, StepFinished
 from builder_orch.pipeline.build import judge
-from builder_orch.pipeline.messages import LINE_LIMIT, TAIL, BuildMessages, Failure, PushMessages
+from builder_orch.pipeline.messages import (
+    LINE_LIMIT,
+    TAIL,
+    BuildMessages,
+    Failure,
+    PushMessages,
+    StepTimes,
+)
 from tests.pipeline.fake_engine import built, image_id, message, pushed
 
 
@@ -52,6 +59,17 @@ def test_a_build_is_told_step_by_step() -> None:
     ]
     assert messages.image_id == image_id("x")
     assert list(messages.tail) == ["half a line, and its end", "red"]
+
+
+def test_a_step_ends_when_the_next_begins_and_a_cached_one_never_began() -> None:
+    seconds = iter([1.0, 4.0, 4.0, 9.5, 9.5])
+    times = StepTimes(lambda: next(seconds))
+    one, two, three = Step(1, 3, "FROM x"), Step(2, 3, "RUN a"), Step(3, 3, "RUN b")
+    cached = Step(3, 3, "RUN b", cached=True)
+    events = [each for event in (one, Log("x"), two, three, cached) for each in times.take(event)]
+    ended = [StepFinished(one, 3.0), StepFinished(two, 5.5)]
+    assert events == [one, Log("x"), ended[0], two, ended[1], three, cached]
+    assert list(times.finish()) == []
 
 
 @given(st.data())
