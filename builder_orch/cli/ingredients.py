@@ -6,6 +6,7 @@ import stat
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
+from builder_orch.buildkit.sshagent import Agent, KeyAgent, SocketAgent, Unusable
 from builder_orch.errors import UsageFailure
 
 GetSecret = Callable[[], bytes]
@@ -14,7 +15,8 @@ GetSecret = Callable[[], bytes]
 def read_secrets(given: Iterable[str], variables: Mapping[str, str]) -> dict[str, GetSecret]:
     """From `id=NAME,src=FILE` or `id=NAME,env=VARIABLE`, by their ids; UsageFailure for others.
 
-    A file is read when a step asks for it, and must be there now.
+    `id=NAME` alone is the variable NAME or else the file NAME, as for Docker. A file is read when a
+    step asks for it, and must be there now.
     """
     return dict(_secret(text, variables) for text in given)
 
@@ -24,10 +26,14 @@ def _secret(text: str, variables: Mapping[str, str]) -> tuple[str, GetSecret]:
     name = words.pop("id", "")
     path = words.pop("src", words.pop("source", ""))
     variable = words.pop("env", "")
-    words.pop("type", "")
-    if not name or words or bool(path) is bool(variable):
+    kind = words.pop("type", "")
+    if kind == "env" and path and not variable:
+        path, variable = "", path
+    if not path and not variable:
+        path, variable = ("", name) if name in variables else (name, "")
+    if not name or words or (path and variable) or kind not in {"", "file", "env"}:
         raise UsageFailure(
-            "a --secret is neither id=NAME,src=FILE nor id=NAME,env=VARIABLE",
+            "a --secret is neither id=NAME,src=FILE nor id=NAME,env=VARIABLE nor id=NAME",
             hint="For example: --secret id=npm,src=.npmrc or --secret id=token,env=TOKEN.",
         )
     if variable:
@@ -48,29 +54,38 @@ def _secret(text: str, variables: Mapping[str, str]) -> tuple[str, GetSecret]:
     return name, file.read_bytes
 
 
-def find_agents(given: Iterable[str], variables: Mapping[str, str]) -> dict[str, Path]:
-    """From `default` or `ID=SOCKET`, by their ids; UsageFailure where no agent listens."""
+def find_agents(given: Iterable[str], variables: Mapping[str, str]) -> dict[str, Agent]:
+    """From `default`, `ID=SOCKET` or `ID=KEYFILE,...`, by their ids; UsageFailure for others."""
     return dict(_agent(text, variables) for text in given)
 
 
-def _agent(text: str, variables: Mapping[str, str]) -> tuple[str, Path]:
+def _agent(text: str, variables: Mapping[str, str]) -> tuple[str, Agent]:
     name, _, path = text.partition("=")
     path = path or variables.get("SSH_AUTH_SOCK", "")
     if not name or not path:
         raise UsageFailure(
             f"--ssh {text}: SSH_AUTH_SOCK is not set",
-            hint="Start an agent (eval $(ssh-agent); ssh-add), or name its socket: ID=SOCKET.",
+            hint="Start an agent (eval $(ssh-agent); ssh-add), or name its socket or a key file: "
+            "ID=PATH.",
         )
+    paths = [Path(one) for one in path.split(",")]
+    if len(paths) == 1 and _is_socket(paths[0]):
+        return name, SocketAgent(paths[0])
     try:
-        is_socket = stat.S_ISSOCK(Path(path).stat().st_mode)
-    except OSError:
-        is_socket = False
-    if not is_socket:
+        return name, KeyAgent.of(paths)
+    except Unusable as error:
         raise UsageFailure(
-            f"--ssh {text}: {path} is not the socket of an agent",
-            hint="Keys are not read from files: give them to an agent with ssh-add.",
-        )
-    return name, Path(path)
+            f"--ssh {name}: {error}",
+            hint="Give the key to an agent (ssh-add) and name that one's socket, or name a private "
+            "key without a passphrase.",
+        ) from None
+
+
+def _is_socket(path: Path) -> bool:
+    try:
+        return stat.S_ISSOCK(path.stat().st_mode)
+    except OSError:
+        return False
 
 
 def own_node(file: Path) -> str:

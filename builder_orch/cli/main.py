@@ -33,8 +33,19 @@ class Entry(NamedTuple):
 COMMANDS = {
     "deploy": Entry("builder_orch.cli.deploy", "deploy", "Build a directory and release it."),
     "build": Entry("builder_orch.cli.build", "build", "Build and push without a release."),
+    "builder": Entry(
+        "builder_orch.cli.builder",
+        "builder",
+        "Look after the machine that builds, and use it from docker.",
+    ),
+    "agent": Entry(
+        "builder_orch.cli.agent", "agent", "Hold tunnels for all commands of this user."
+    ),
     "selfhost": Entry(
         "builder_orch.cli.selfhost", "selfhost", "Run a platform of your own on this machine."
+    ),
+    "wireguard": Entry(
+        "builder_orch.cli.wireguard", "wireguard", "Look after WireGuard peers, and test them."
     ),
     "version": Entry("builder_orch.cli.version", "version", "Show the version of this tool."),
 }

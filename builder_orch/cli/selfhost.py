@@ -14,7 +14,7 @@ from typing import TextIO
 import click
 
 from builder_orch.cli.options import Duration
-from builder_orch.cli.render import plain
+from builder_orch.cli.text import plain
 from builder_orch.errors import BuilderOrchError, Exit, UsageFailure
 from builder_orch.selfhost.home import Home
 from builder_orch.selfhost.launch import (

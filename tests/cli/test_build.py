@@ -10,9 +10,10 @@ def names(command: click.Command) -> set[str]:
     return {name for parameter in command.params for name in parameter.opts}
 
 
-def test_build_takes_the_flags_of_deploy_but_for_those_of_the_release() -> None:
+def test_build_takes_the_flags_of_deploy_but_for_what_becomes_of_the_result() -> None:
     assert names(deploy) - names(build) == {"--build-only"}
-    assert names(build) <= names(deploy)
+    assert {"--tag", "-t", "--dest", "--load"} <= names(build) - names(deploy)
+    assert {"--explain", "--explain-context", "--lock-context"} <= names(build) - names(deploy)
 
 
 def test_every_option_has_its_variable() -> None:

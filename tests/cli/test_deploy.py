@@ -20,7 +20,7 @@ from builder_orch.errors import Exit
 from builder_orch.events import Emit
 from builder_orch.pipeline.outside import World
 from builder_orch.settings import PlatformSettings
-from tests.pipeline.fake_engine import image_id, message, pushed
+from tests.pipeline.fake_engine import Act, built, image_id, message, pushed
 from tests.pipeline.fake_world import REGISTRY, FakeWorld, fake_world
 
 DIGEST = image_id("manifest")
@@ -346,6 +346,29 @@ def test_a_run_that_takes_too_long_is_ended_and_tidied_up(
     assert "--timeout" in result.stderr
     assert used.world is not None
     assert used.world.leaves_nothing()
+
+
+@pytest.mark.parametrize(
+    ("flag", "steps", "said"),
+    [
+        ("--build-timeout", 4, "took longer than 0.2 s, and was at step 2/2 (COPY . /)"),
+        ("--stall-timeout", 2, "stood still for 0.2 s at step 1/2 (FROM scratch)"),
+    ],
+)
+def test_a_build_has_limits_of_its_own(
+    root: Path, used: Used, spoil: list[Spoil], flag: str, steps: int, said: str
+) -> None:
+    def hang(world: FakeWorld) -> None:
+        world.engine.build = [*built()[:steps], Act.HANG]
+
+    spoil.append(hang)
+    result = run(root, flag, "0.2")
+    assert result.exit_code == Exit.BUILD_TIMEOUT
+    assert said in result.stderr
+    assert flag in result.stderr
+    assert used.world is not None
+    assert used.world.leaves_nothing()
+    assert used.world.engine.gone.is_set()
 
 
 @pytest.mark.parametrize(

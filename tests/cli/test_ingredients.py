@@ -5,7 +5,10 @@ import stat
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
+from builder_orch.buildkit.sshagent import KeyAgent, SocketAgent
 from builder_orch.cli.ingredients import find_agents, own_node, read_secrets
 from builder_orch.errors import UsageFailure
 
@@ -20,7 +23,8 @@ def test_a_secret_comes_from_a_file_when_it_is_asked_for_or_from_a_variable(tmp_
 
 @pytest.mark.parametrize(
     "text",
-    ["", "a", "id=a", "src=/etc/hostname", "id=a,src=/etc/hostname,env=HOME", "id=a,scr=/x",
+    ["", "a", "id=a", "id=a,type=x,env=HOME", "src=/etc/hostname",
+     "id=a,src=/etc/hostname,env=HOME", "id=a,scr=/x",
      "id=a,src=/gone", "id=a,src=/tmp", "id=a,env=GONE"],
 )  # fmt: skip
 def test_any_other_secret_is_refused_without_showing_one(text: str) -> None:
@@ -30,15 +34,45 @@ def test_any_other_secret_is_refused_without_showing_one(text: str) -> None:
     assert "planted" not in str(caught.value)
 
 
-def test_an_agent_is_a_socket_that_is_there(home: Path) -> None:
+def test_a_name_alone_is_a_variable_or_else_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "NPM").write_text("file")
+    (tmp_path / "other").write_text("file")
+    variables = {"NPM": "variable", "EMPTY": ""}
+    texts = ["id=NPM", "id=other", "id=EMPTY", "type=env,id=a,src=NPM", "type=file,id=b,src=NPM"]
+    found = read_secrets(texts, variables)
+    assert {name: get() for name, get in found.items()} == {
+        "NPM": b"variable", "other": b"file", "EMPTY": b"", "a": b"variable", "b": b"file",
+    }  # fmt: skip
+
+
+def test_an_agent_is_a_socket_that_is_there_or_made_of_key_files(
+    home: Path, tmp_path: Path
+) -> None:
     path = home / "agent"
+    keys = [tmp_path / "one", tmp_path / "two"]
+    for key in keys:
+        private = Ed25519PrivateKey.generate()
+        key.write_bytes(private.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()))
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(path))
         variables = {"SSH_AUTH_SOCK": str(path)}
-        assert find_agents(["default", f"k={path}"], variables) == {"default": path, "k": path}
-        for text, given in (("default", {}), ("k=/gone", {}), (f"k={home}", {}), ("=x", variables)):
-            with pytest.raises(UsageFailure):
+        texts = ["default", f"k={path}", f"f={keys[0]},{keys[1]}"]
+        found = find_agents(texts, variables)
+        made = found.pop("f")
+        assert found == {"default": SocketAgent(path), "k": SocketAgent(path)}
+        assert isinstance(made, KeyAgent)
+        assert [key.comment for key in made.keys] == ["one", "two"]
+        keys[1].write_text("planted")
+        for text, given in (
+            ("default", {}), ("k=/gone", {}), (f"k={home}", {}), ("=x", variables),
+            (f"k={keys[0]},{keys[1]}", variables),
+        ):  # fmt: skip
+            with pytest.raises(UsageFailure) as caught:
                 find_agents([text], given)
+            assert "planted" not in str(caught.value)
 
 
 def test_the_users_mark_is_made_once_and_is_nobody_elses_to_read(tmp_path: Path) -> None:

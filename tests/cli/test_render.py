@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from builder_orch.cli.render import Renderer, card, plain
+from builder_orch.cli.render import Renderer, card
+from builder_orch.cli.text import plain
 from builder_orch.errors import BuilderLost, BuilderOrchError, BuildFailed, NotLoggedIn
 from builder_orch.events import (
     Event,
