@@ -4,7 +4,8 @@ import asyncio
 import os
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -23,8 +24,21 @@ def home(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         yield Path(folder)
 
 
+Endings = Callable[[Callable[[], object]], None]
+
+
 @pytest.fixture(scope="session")
-def engine_socket() -> Iterator[Path]:
+def endings() -> Iterator[Endings]:
+    """Takes what ends something that lasted for the session; all of it is done at the same time."""
+    with ThreadPoolExecutor() as pool:
+        begun: list[Future[object]] = []
+        yield lambda end: begun.append(pool.submit(end))
+        for end in begun:
+            end.result()
+
+
+@pytest.fixture(scope="session")
+def engine_socket(endings: Endings) -> Iterator[Path]:
     """The unix socket of a Docker engine that all system tests of a session share.
 
     It runs on a loop of its own, because each test has another one.
@@ -33,22 +47,30 @@ def engine_socket() -> Iterator[Path]:
     from builder_orch.selfhost.engine import Engine
 
     reported: list[str] = []
+    folder = tempfile.TemporaryDirectory(prefix="fly-")
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, name="engine")
     thread.start()
-    try:
-        with tempfile.TemporaryDirectory(prefix="fly-") as folder:
-            engine = Engine(Path(folder), report=reported.append)
-            try:
-                asyncio.run_coroutine_threadsafe(engine.__aenter__(), loop).result()
-            except EngineMissing as missing:
-                pytest.skip(str(missing))
-            try:
-                yield engine.docker_host
-            finally:
-                closing = engine.__aexit__(None, None, None)
-                asyncio.run_coroutine_threadsafe(closing, loop).result()
-    finally:
+
+    def leave() -> None:
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
         loop.close()
+        folder.cleanup()
+
+    engine = Engine(Path(folder.name), report=reported.append)
+    try:
+        asyncio.run_coroutine_threadsafe(engine.__aenter__(), loop).result()
+    except BaseException as failure:
+        leave()
+        if isinstance(failure, EngineMissing):
+            pytest.skip(str(failure))
+        raise
+
+    def end() -> None:
+        closing = engine.__aexit__(None, None, None)
+        asyncio.run_coroutine_threadsafe(closing, loop).result()
+        leave()
+
+    yield engine.docker_host
+    endings(end)

@@ -143,6 +143,8 @@ def test_commands_and_options_of_the_readme_exist() -> None:
     assert len(commands) > 5
     for words in commands:
         command, rest = resolve(words)
+        # What follows is for another program.
+        rest = rest[: rest.index("--")] if "--" in rest else rest
         known = {name for parameter in command.params for name in parameter.opts}
         known |= {name for parameter in command.params for name in parameter.secondary_opts}
         known |= {"-h", "--help"}

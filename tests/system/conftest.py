@@ -10,55 +10,89 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import Endings
 from tests.system.embedded import Embedded, Ended, app, in_phase
 
 SERVE = 'CMD ["/bin/busybox", "httpd", "-f", "-p", "8080"]'
 
 
 @pytest.fixture(scope="session")
-def embedded() -> Iterator[Embedded]:
+def embedded(request: pytest.FixtureRequest, endings: Endings) -> Iterator[Embedded]:
     """A platform that runs, started once."""
     _skip_without_engine()
-    with tempfile.TemporaryDirectory(prefix="fly-") as folder:
-        platform = Embedded(Path(folder))
-        try:
-            started = platform.run("selfhost", "start")
-            assert started.code == 0, started.said
-            yield platform
-        finally:
-            platform.run("selfhost", "stop")
+    if any("forsaken" in vars(item).get("fixturenames", ()) for item in request.session.items):
+        # Takes its time, most of which it waits.
+        request.getfixturevalue("forsaking")
+    folder = tempfile.TemporaryDirectory(prefix="fly-")
+    platform = Embedded(Path(folder.name))
+
+    def end() -> None:
+        platform.run("selfhost", "stop")
+        folder.cleanup()
+
+    try:
+        started = platform.run("selfhost", "start")
+        assert started.code == 0, started.said
+        yield platform
+    finally:
+        endings(end)
 
 
 @dataclass
 class Forsaken:
-    """A platform whose engine has a small disk, killed while two deploys were at work on it."""
+    """A platform whose engine has a small disk, killed while two deploys were at work on it.
+
+    `full` is what two deploys said that filled it, by a step and by a context; then it was pruned.
+    """
 
     platform: Embedded
-    full: Ended
+    full: list[Ended]
+    pruned: Ended
     building: "Future[Ended]"
     pushing: "Future[Ended]"
 
 
 @pytest.fixture(scope="session")
-def forsaken(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forsaken]:
-    """First its disk was full, then it was killed; who was building then notices late."""
+def forsaking(
+    tmp_path_factory: pytest.TempPathFactory, endings: Endings
+) -> Iterator["Future[Forsaken]"]:
+    """The same, begun."""
     _skip_without_engine()
     root = tmp_path_factory.mktemp("apps")
-    with tempfile.TemporaryDirectory(prefix="fly-") as folder, ThreadPoolExecutor(2) as pool:
-        platform = Embedded(Path(folder))
-        disk = platform.root / "engine"
-        disk.mkdir(parents=True, mode=0o700)
-        small = ["mount", "-t", "tmpfs", "-o", "size=200m,mode=0700", "fly-build", str(disk)]
-        subprocess.run(small, check=True)
-        try:
-            assert platform.run("selfhost", "start").code == 0
-            write = 'RUN ["/bin/busybox", "dd", "if=/dev/zero", "of=/big", "bs=1M", "count=300"]'
-            full = platform.run("deploy", app(root / "full", write, name="full"), "--create-app")
-            building, pushing = _forsake(platform, root, pool)
-            yield Forsaken(platform, full, building, pushing)
-        finally:
-            platform.run("selfhost", "stop")
-            subprocess.run(["umount", str(disk)], check=True)
+    folder = tempfile.TemporaryDirectory(prefix="fly-")
+    platform = Embedded(Path(folder.name))
+    disk = platform.root / "engine"
+    disk.mkdir(parents=True, mode=0o700)
+    small = ["mount", "-t", "tmpfs", "-o", "size=200m,mode=0700", "fly-build", str(disk)]
+    subprocess.run(small, check=True)
+    pool = ThreadPoolExecutor(3)
+
+    def end() -> None:
+        pool.shutdown()
+        platform.run("selfhost", "stop")
+        subprocess.run(["umount", str(disk)], check=True)
+        folder.cleanup()
+
+    def begin() -> Forsaken:
+        assert platform.run("selfhost", "start").code == 0
+        write = 'RUN ["/bin/busybox", "dd", "if=/dev/zero", "of=/big", "bs=1M", "count=300"]'
+        full = [platform.run("deploy", app(root / "full", write, name="full"), "--create-app")]
+        wide = app(root / "wide", "COPY large /large", name="full")
+        with (wide / "large").open("wb") as large:
+            large.truncate(250_000_000)
+        full.append(platform.run("deploy", wide, FLY_BUILD_BUILDER="buildkit"))
+        pruned = platform.run("builder", "prune", "--app", "full", "--output", "json")
+        building, pushing = _forsake(platform, root, pool)
+        return Forsaken(platform, full, pruned, building, pushing)
+
+    yield pool.submit(begin)
+    endings(end)
+
+
+@pytest.fixture(scope="session")
+def forsaken(forsaking: "Future[Forsaken]") -> Forsaken:
+    """First its disk was full, then it was killed; who was building then notices late."""
+    return forsaking.result()
 
 
 def _forsake(

@@ -7,19 +7,26 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from base64 import b64encode
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from ipaddress import IPv6Address
 from pathlib import Path
+from typing import IO
 
 import pytest
 
+from builder_orch.tunnel.carrier.upgrade import authority
+
 ROOT = Path(__file__).parents[2]
 CLONE_NEWNET = 0x40000000
+LISTENING = "00010000"
+"""__SO_ACCEPTCON, as /proc/net/unix has it."""
 OUR_HOST, THEIR_HOST = "192.0.2.1", "192.0.2.2"
+OUR_HOST6, THEIR_HOST6 = "2001:db8::1", "2001:db8::2"
 OURS, THEIRS = IPv6Address("fdaa:0:9::2"), IPv6Address("fdaa:0:9::3")
 
 
@@ -61,9 +68,16 @@ class Lab:
     interface: str = f"wg{os.getpid()}"
     """wireguard-go keeps its control sockets in one folder for all namespaces, by this name."""
 
-    def socket(self, kind: socket.SocketKind = socket.SOCK_DGRAM) -> socket.socket:
-        """An IPv4 socket of the left namespace."""
-        return _inside(self.left, kind)
+    def socket(
+        self, family: socket.AddressFamily = socket.AF_INET, *, far: bool = False
+    ) -> socket.socket:
+        """A UDP socket of the left namespace, or of the right one if `far`."""
+        return _inside(self.right if far else self.left, family)
+
+    def nft(self, namespace: str, rules: str) -> None:
+        """Put these rules in the place of all others in a namespace."""
+        inside = ("ip", "netns", "exec", namespace)
+        run(*inside, "nft", "-f", "-", stdin=f"flush ruleset\n{rules}\n")
 
     def spawn(self, program: str, *arguments: str) -> "subprocess.Popen[bytes]":
         """Run a Python program in the right namespace; it is ended with the laboratory."""
@@ -91,22 +105,27 @@ class Lab:
         """Start wireguard-go with us as its peer; the UDP port it listens at."""
         words = ["ip", "netns", "exec", self.right, "wireguard-go", "-f", self.interface]
         quiet = {**os.environ, "WG_PROCESS_FOREGROUND": "1", "LOG_LEVEL": "error"}
-        child = subprocess.Popen(
-            words, env=quiet, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        self.children.append(child)
-        _await(lambda: self._in_right("wg", "show", self.interface))
+        with tempfile.TemporaryFile() as said:
+            child = subprocess.Popen(words, env=quiet, stdout=said, stderr=said)
+            self.children.append(child)
+            # Before it listens, `wg` would take its socket for a dead one and remove it.
+            _await(lambda: _listens(child.pid, self._control), child, said)
+            _await(lambda: self._in_right("wg", "show", self.interface), child, said)
         lines = ["[Interface]", f"PrivateKey = {_text(private_key)}", "[Peer]"]
         lines += [f"PublicKey = {_text(our_public_key)}", f"AllowedIPs = {OURS}/128"]
         if preshared_key is not None:
             lines.append(f"PresharedKey = {_text(preshared_key)}")
         if endpoint is not None:
-            lines.append(f"Endpoint = {endpoint[0]}:{endpoint[1]}")
+            lines.append(f"Endpoint = {authority(*endpoint)}")
         inside = ("ip", "netns", "exec", self.right)
         run(*inside, "wg", "setconf", self.interface, "/dev/stdin", stdin="\n".join(lines) + "\n")
         run(*inside, "ip", "address", "add", f"{THEIRS}/64", "dev", self.interface, "nodad")
         run(*inside, "ip", "link", "set", self.interface, "mtu", str(mtu), "up")
         return int(run(*inside, "wg", "show", self.interface, "listen-port"))
+
+    @property
+    def _control(self) -> Path:
+        return Path(f"/var/run/wireguard/{self.interface}.sock")
 
     def _in_right(self, *words: str) -> bool:
         command = ["ip", "netns", "exec", self.right, *words]
@@ -119,12 +138,14 @@ class Lab:
             run("ip", "-n", name, "link", "set", "lo", "up")
         cable = f"link add v0 type veth peer v0 netns {self.right}"
         run("ip", "-n", self.left, *cable.split())
-        for name, host in ((self.left, OUR_HOST), (self.right, THEIR_HOST)):
-            run("ip", "-n", name, "address", "add", f"{host}/30", "dev", "v0")
+        ends = ((self.left, OUR_HOST, OUR_HOST6), (self.right, THEIR_HOST, THEIR_HOST6))
+        for name, host, host6 in ends:
+            run("ip", "-n", name, "address", "add", f"{host}/24", "dev", "v0")
+            run("ip", "-n", name, "address", "add", f"{host6}/64", "dev", "v0", "nodad")
             run("ip", "-n", name, "link", "set", "v0", "up")
 
-    def demolish(self) -> None:
-        """End our children and remove the namespaces, also half-made ones."""
+    def dismiss(self) -> None:
+        """End our children; the cable stays."""
         for child in self.children:
             child.kill()
             child.wait()
@@ -132,6 +153,13 @@ class Lab:
                 if stream is not None:
                     with contextlib.suppress(BrokenPipeError):
                         stream.close()
+        self.children.clear()
+        # Who is killed leaves it behind.
+        self._control.unlink(missing_ok=True)
+
+    def demolish(self) -> None:
+        """End our children and remove the namespaces, also half-made ones."""
+        self.dismiss()
         for name in (self.left, self.right):
             subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
 
@@ -140,18 +168,30 @@ def _text(key: bytes) -> str:
     return b64encode(key).decode()
 
 
-def _await(condition: "object") -> None:
+def _await(
+    condition: Callable[[], bool], child: "subprocess.Popen[bytes]", said: IO[bytes]
+) -> None:
     """Poll a program that we started until it is up; bounded by its own tenth of a second steps."""
-    assert callable(condition)
     pause = threading.Event()
     deadline = time.monotonic() + 10
     while not condition():
-        if time.monotonic() > deadline:
-            pytest.fail("a program of the laboratory did not come up within 10 s")
-        pause.wait(0.05)
+        if time.monotonic() > deadline or child.poll() is not None:
+            said.seek(0)
+            pytest.fail(f"{child.args!r} is not up: status {child.poll()}, {said.read()!r}")
+        pause.wait(0.02)
 
 
-def _inside(namespace: str, kind: socket.SocketKind) -> socket.socket:
+def _listens(pid: int, path: Path) -> bool:
+    """Whether a process, or one beside it in its namespace, listens at this unix socket."""
+    try:
+        table = Path(f"/proc/{pid}/net/unix").read_text()
+    except OSError:
+        return False
+    rows = [line.split() for line in table.splitlines()]
+    return any(row[3] == LISTENING and row[-1] == str(path) for row in rows)
+
+
+def _inside(namespace: str, family: socket.AddressFamily) -> socket.socket:
     """A socket belongs to the namespace of the thread that made it."""
     made: list[socket.socket] = []
 
@@ -160,7 +200,7 @@ def _inside(namespace: str, kind: socket.SocketKind) -> socket.socket:
         with Path(f"/var/run/netns/{namespace}").open() as handle:
             if libc.setns(handle.fileno(), CLONE_NEWNET):
                 raise OSError(ctypes.get_errno(), "setns")
-        made.append(socket.socket(socket.AF_INET, kind))
+        made.append(socket.socket(family, socket.SOCK_DGRAM))
 
     thread = threading.Thread(target=make)
     thread.start()

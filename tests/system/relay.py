@@ -1,8 +1,9 @@
 """A relay that makes a way dirty: late, lossy, out of order, doubled and corrupted, by a seed.
 
-`python -m tests.system.relay TARGET_HOST TARGET_PORT DELAY_MS LOSS REORDER DUPLICATE CORRUPT SEED`
-listens at a free UDP port, prints it and carries datagrams between whoever called last and the
-target. It ends with its standard input.
+`python -m tests.system.relay TARGET_HOST TARGET_PORT DELAY_MS LOSS REORDER DUPLICATE CORRUPT SEED
+[LATE_MS LATEST_MS]` listens at a free UDP port, prints it and carries datagrams between whoever
+called last and the target; reordered ones are so much late, by default up to 3 ms. It ends with its
+standard input.
 """
 
 import heapq
@@ -12,7 +13,7 @@ import socket
 import sys
 import time
 
-JITTER_S = 0.003
+LATE_MS = (0.0, 3.0)
 BUFFER = 4 << 20
 BURST = 64
 GONE = (BlockingIOError, ConnectionRefusedError)
@@ -22,7 +23,10 @@ GONE = (BlockingIOError, ConnectionRefusedError)
 class Relay:
     """Two sockets and what is still under way between them."""
 
-    def __init__(self, target: tuple[str, int], shares: list[float], seed: int) -> None:
+    def __init__(
+        self, target: tuple[str, int], shares: list[float], seed: int, late_ms: tuple[float, float]
+    ) -> None:
+        self.late_s = late_ms[0] / 1e3, late_ms[1] / 1e3
         self.delay_s = shares[0] / 1e3
         self.loss, self.reorder, self.duplicate, self.corrupt = shares[1:]
         self.chance = random.Random(seed)
@@ -78,7 +82,7 @@ class Relay:
         """Keep a datagram until it is due."""
         due = time.monotonic() + self.delay_s
         if self.chance.random() < self.reorder:
-            due += self.chance.random() * JITTER_S
+            due += self.chance.uniform(*self.late_s)
         if self.chance.random() < self.corrupt:
             at = self.chance.randrange(len(octets))
             octets = octets[:at] + bytes([octets[at] ^ 0x5A]) + octets[at + 1 :]
@@ -88,9 +92,9 @@ class Relay:
 
 
 if __name__ == "__main__":
-    relay = Relay(
-        (sys.argv[1], int(sys.argv[2])), list(map(float, sys.argv[3:8])), int(sys.argv[8])
-    )
+    late = (float(sys.argv[9]), float(sys.argv[10])) if len(sys.argv) > 9 else LATE_MS
+    shares = list(map(float, sys.argv[3:8]))
+    relay = Relay((sys.argv[1], int(sys.argv[2])), shares, int(sys.argv[8]), late)
     sys.stdout.write(f"{relay.outside.getsockname()[1]}\n")
     sys.stdout.flush()
     relay.run()

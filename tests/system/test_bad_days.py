@@ -3,6 +3,8 @@
 import asyncio
 import json
 import os
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import pytest
 from builder_orch.api.client import IDEMPOTENT_SELFHOST, Platform
 from builder_orch.api.models import Secret
 from builder_orch.errors import Exit
+from builder_orch.pipeline.liveness import RETURNS
 from builder_orch.pipeline.peer import AddPeer
 from builder_orch.pipeline.verify import Address, Verify
 from builder_orch.tunnel import open_tunnel
@@ -39,19 +42,46 @@ def deployed(ended: Ended) -> int:
 
 
 def test_the_builders_disk_is_full(forsaken: Forsaken) -> None:
-    lines = told(forsaken.full, "RB-BUILDER-DISK", Exit.BUILDER_LOST)
+    by_step, by_context = forsaken.full
+    lines = told(by_step, "RB-BUILDER-DISK", Exit.BUILDER_LOST)
     assert lines[0].startswith("error: the builder's disk is full: step 3/3")
+    lines = told(by_context, "RB-BUILDER-DISK", Exit.BUILDER_LOST)
+    assert "no space left on device" in lines[0]
+    # What is offered helps: others built there afterwards.
+    assert all("fly-build builder prune" in ended.err for ended in forsaken.full)
+    assert forsaken.pruned.code == 0, forsaken.pruned.said
+    assert json.loads(forsaken.pruned.out)["freed_bytes"] > 0
 
 
-def test_the_engine_dies_while_it_builds_and_between_deploys(
+def retries(ended: Ended) -> list[str]:
+    """What was begun again, in the order in which it was."""
+    return [event["phase"] for event in ended.events if event["t"] == "retry"]
+
+
+def test_the_engine_dies_once_while_it_builds(embedded: Embedded, tmp_path: Path) -> None:
+    folder = app(tmp_path, 'RUN ["/bin/busybox", "sleep", "3"]', *PAGE, name="revived")
+    with embedded.running("deploy", folder, "--create-app") as running:
+        running.until(step(3))
+        embedded.kill("dockerd")
+    ended = embedded.ended[-1]
+    assert ended.code == 0, ended.said
+    assert retries(ended) == ["build"]
+    assert embedded.builds("revived") == ["completed"]
+    assert embedded.releases("revived") == [(1, "complete")]
+    assert not embedded.peers(ended)
+
+
+def test_the_engine_dies_whenever_it_builds_and_between_deploys(
     embedded: Embedded, tmp_path: Path
 ) -> None:
     slow = app(tmp_path / "slow", 'RUN ["/bin/busybox", "sleep", "602"]', name="engine")
     with embedded.running("deploy", slow, "--create-app") as running:
-        running.until(step(3))
-        embedded.kill("dockerd")
+        for _ in range(1 + RETURNS):
+            running.until(step(3))
+            embedded.kill("dockerd")
     lost = embedded.ended[-1]
     assert lost.code == Exit.BUILDER_LOST
+    assert retries(lost) == ["build"] * RETURNS
     assert lost.error["id"] == "RB-BUILDER-LOST"
     assert lost.error["retryable"]
     assert embedded.builds("engine") == ["failed"]
@@ -109,45 +139,60 @@ def test_a_registry_that_does_not_start_any_more(embedded: Embedded, tmp_path: P
     assert deployed(embedded.run("deploy", folder, "--json")) == 1
 
 
-@pytest.fixture(scope="module")
-def standing(embedded: Embedded, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The name of an app whose version 1 serves."""
-    folder = app(tmp_path_factory.mktemp("standing") / "app", *PAGE, name="standing")
-    assert deployed(embedded.run("deploy", folder, "--create-app", "--json")) == 1
-    return "standing"
+BAD_RELEASES = {
+    "crashes": ([CRASHING], ["exit code 3", "no such table"]),
+    "nothing-to-run": (["LABEL no=command"], ["neither CMD nor ENTRYPOINT"]),
+    "answers-500": ([*BROKEN], ["HTTP status 500"]),
+    "never-answers": ([DEAF], ["no answer to GET / on port 8080"]),
+}
 
 
-@pytest.mark.parametrize(
-    ("lines", "said"),
-    [
-        ([CRASHING], ["exit code 3", "no such table"]),
-        (["LABEL no=command"], ["neither CMD nor ENTRYPOINT"]),
-        ([*BROKEN], ["HTTP status 500"]),
-        ([DEAF], ["no answer to GET / on port 8080"]),
-    ],
-    ids=["crashes", "nothing to run", "answers 500", "never answers"],
-)
-def test_a_bad_release_is_rolled_back(
-    embedded: Embedded, tmp_path: Path, standing: str, lines: list[str], said: list[str]
-) -> None:
-    bad = app(tmp_path, KILLED, *lines, name=standing, toml='deploy.wait_timeout = "2s"\n')
+def broken_release(embedded: Embedded, root: Path, name: str) -> Ended:
+    """Deploy an app that serves, and then its bad release."""
+    good = app(root / "good", *PAGE, name=name)
+    assert deployed(embedded.run("deploy", good, "--create-app", "--json")) == 1
+    lines, _ = BAD_RELEASES[name]
+    bad = app(root / "bad", KILLED, *lines, name=name, toml='deploy.wait_timeout = "2s"\n')
     page = bad / "index.cgi"
     page.write_text('#!/bin/busybox sh\nprintf "HTTP/1.0 500 Oops\\r\\n\\r\\n"\n')
     page.chmod(0o755)
-    ended = embedded.run("deploy", bad)
+    return embedded.run("deploy", bad)
+
+
+@pytest.fixture(scope="module")
+def broken(
+    embedded: Embedded, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, "Future[Ended]"]]:
+    """A bad release of every kind, each of an app of its own, all at the same time."""
+    root = tmp_path_factory.mktemp("broken")
+    with ThreadPoolExecutor() as pool:
+        yield {
+            name: pool.submit(broken_release, embedded, root / name, name) for name in BAD_RELEASES
+        }
+
+
+@pytest.mark.parametrize("name", BAD_RELEASES)
+def test_a_bad_release_is_rolled_back(
+    embedded: Embedded, broken: dict[str, "Future[Ended]"], name: str
+) -> None:
+    ended = broken[name].result()
     told(ended, "RB-RELEASE", Exit.RELEASE_FAILED)
-    for words in said:
+    for words in BAD_RELEASES[name][1]:
         assert words in ended.err
-    first, *others = embedded.releases(standing)
+    first, *others = embedded.releases(name)
     assert first == (1, "complete")
     assert {status for _, status in others} == {"failed"}
     with embedded.engine() as engine:
-        left = engine.containers(all=True, filters={"label": f"fly-build.app={standing}"})
+        left = engine.containers(all=True, filters={"label": f"fly-build.app={name}"})
     assert [one["Labels"]["fly-build.version"] for one in left] == ["1"]
     assert not embedded.peers(ended)
 
 
-async def test_what_served_before_still_answers(embedded: Embedded, standing: str) -> None:
+async def test_what_served_before_still_answers(
+    embedded: Embedded, broken: dict[str, "Future[Ended]"]
+) -> None:
+    name = next(iter(broken))
+    broken[name].result()
     record = embedded.record
     token = Secret(record["token"])
     async with (
@@ -158,7 +203,7 @@ async def test_what_served_before_still_answers(embedded: Embedded, standing: st
         config = await AddPeer(platform, closing, "test").run(organization, print)
         async with open_tunnel(config) as tunnel:
             verify = Verify(tunnel.dial, 10.0, asyncio.sleep)
-            answered = await verify.run(Address(f"{standing}.internal", 8080), print)
+            answered = await verify.run(Address(f"{name}.internal", 8080), print)
     assert answered.status == 404
 
 

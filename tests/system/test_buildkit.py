@@ -117,7 +117,9 @@ async def build(
     recipe = recipe or Recipe(context.dockerfile_name, builder=BUILDKIT, node="tests")
     async with building(engine, context, recipe, events.append) as under_way:
         await perform(Send(), under_way, events.append)
-        return await perform(Build(), under_way, events.append)
+        built = await perform(Build(), under_way, events.append)
+        assert isinstance(built, Built)
+        return built
 
 
 @pytest.fixture

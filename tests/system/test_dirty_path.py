@@ -14,8 +14,8 @@ import pytest
 
 from builder_orch.tunnel.driver import open_tunnel
 from tests.sim import Stream
+from tests.system.conversation import bound, settings
 from tests.system.lab import THEIR_HOST, THEIRS, Lab, laboratory
-from tests.system.test_interop import bound, settings
 from tests.tunnel.joined import public
 
 pytestmark = pytest.mark.system

@@ -1,157 +1,135 @@
-"""The whole tunnel against wireguard-go with the kernel's TCP behind it, byte for byte."""
+"""The whole tunnel against wireguard-go with the kernel's TCP behind it, and against itself.
+
+Every cell of the matrix: who the peer is, whether there is a preshared key, who calls, and by which
+Internet protocol the datagrams travel. An echo, and a stream each way, octet by octet.
+"""
 
 import asyncio
-import hashlib
 import os
-import socket
 from collections.abc import Iterator
-from ipaddress import IPv6Network
+from itertools import product
 
 import pytest
 
 from builder_orch.tunnel.carrier.udp import UdpCarrier
-from builder_orch.tunnel.config import PeerConfig, PrivateKey, TunnelConfig
-from builder_orch.tunnel.driver import Tunnel, open_tunnel
-from tests.system.lab import OUR_HOST, OURS, THEIR_HOST, THEIRS, Lab, laboratory
+from builder_orch.tunnel.driver import open_tunnel
+from tests.system.conversation import (
+    CLIENT,
+    IPV4,
+    IPV6,
+    LIMIT_S,
+    SERVER,
+    bound,
+    call,
+    digest,
+    mirrored,
+    serve_once,
+    settings,
+    stream,
+)
+from tests.system.lab import (
+    OUR_HOST,
+    OUR_HOST6,
+    OURS,
+    THEIR_HOST,
+    THEIR_HOST6,
+    THEIRS,
+    Lab,
+    laboratory,
+)
 from tests.tunnel.joined import public
 
 pytestmark = pytest.mark.system
 
-SIZE = 100_000_000
-BLOCK = 1 << 20
+SIZES = [4_000_000, pytest.param(100_000_000, marks=pytest.mark.long)]
+SHARED = bytes(range(32))
+OUTSIDE = {"IPv4": (IPV4, OUR_HOST, THEIR_HOST), "IPv6": (IPV6, OUR_HOST6, THEIR_HOST6)}
+CELLS = list(product([None, SHARED], OUTSIDE))
+CELL_NAMES = [f"{'psk' if psk else 'plain'}-{outside}" for psk, outside in CELLS]
 
-# Runs behind wireguard-go: takes everything a caller sends, answers with its SHA-256, then sends as
-# many octets of its own and closes.
-SERVER = """
-import hashlib, socket, sys
-address, size = sys.argv[1], int(sys.argv[2])
-listener = socket.create_server((address, 0), family=socket.AF_INET6)
-print(listener.getsockname()[1], flush=True)
-caller, _ = listener.accept()
-heard = hashlib.sha256()
-while octets := caller.recv(1 << 20):
-    heard.update(octets)
-caller.sendall(heard.digest())
-block = hashlib.shake_256(b"down").digest(1 << 20)
-for start in range(0, size, len(block)):
-    caller.sendall(block[: size - start])
-caller.close()
-"""
-
-# Runs behind wireguard-go: calls us, sends and receives as above, and prints what it heard.
-CLIENT = """
-import hashlib, socket, sys
-address, port, size = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-sock = socket.create_connection((address, port), timeout=60)
-block = hashlib.shake_256(b"up").digest(1 << 20)
-for start in range(0, size, len(block)):
-    sock.sendall(block[: size - start])
-sock.shutdown(socket.SHUT_WR)
-heard = hashlib.sha256()
-while octets := sock.recv(1 << 20):
-    heard.update(octets)
-print(heard.hexdigest(), flush=True)
-"""
+cells = pytest.mark.parametrize(("psk", "outside"), CELLS, ids=CELL_NAMES)
+sizes = pytest.mark.parametrize("size", SIZES, ids=lambda size: f"{size // 1_000_000}MB")
 
 
-@pytest.fixture
-def lab() -> Iterator[Lab]:
+@pytest.fixture(scope="module")
+def cable() -> Iterator[Lab]:
     with laboratory() as built:
         yield built
 
 
-def stream(seed: bytes, size: int) -> Iterator[bytes]:
-    block = hashlib.shake_256(seed).digest(BLOCK)
-    for start in range(0, size, BLOCK):
-        yield block[: min(BLOCK, size - start)]
+@pytest.fixture
+def lab(cable: Lab) -> Iterator[Lab]:
+    """The laboratory without programs in it."""
+    yield cable
+    cable.dismiss()
 
 
-def digest(octets: Iterator[bytes]) -> str:
-    heard = hashlib.sha256()
-    for block in octets:
-        heard.update(block)
-    return heard.hexdigest()
-
-
-def converse(sock: socket.socket, size: int) -> str:
-    """Send `size` octets, end our direction, read the reply; the SHA-256 of its stream."""
-    for block in stream(b"up", size):
-        sock.sendall(block)
-    sock.shutdown(socket.SHUT_WR)
-    digest_of_ours = b""
-    while len(digest_of_ours) < 32:
-        digest_of_ours += sock.recv(32 - len(digest_of_ours))
-    assert digest_of_ours.hex() == digest(stream(b"up", size))
-    heard, total = hashlib.sha256(), 0
-    while octets := sock.recv(BLOCK):
-        heard.update(octets)
-        total += len(octets)
-    assert total == size
-    return heard.hexdigest()
-
-
-def bound(lab: Lab) -> UdpCarrier:
-    sock = lab.socket()
-    sock.bind((OUR_HOST, 0))
-    return UdpCarrier(sock)
-
-
-def settings(port: int | None, theirs: bytes, ours: bytes, psk: bytes | None) -> TunnelConfig:
-    peer = PeerConfig(
-        public(theirs),
-        (IPv6Network(f"{THEIRS}/128"),),
-        None if port is None else (THEIR_HOST, port),
-        preshared_key=psk or bytes(32),
-    )
-    return TunnelConfig(PrivateKey(ours), OURS, (peer,))
-
-
-@pytest.mark.parametrize("psk", [None, bytes(range(32))], ids=["plain", "psk"])
-async def test_we_call_and_a_hundred_megabytes_pass_each_way(lab: Lab, psk: bytes | None) -> None:
+@sizes
+@cells
+async def test_we_call_wireguard_go(lab: Lab, psk: bytes | None, outside: str, size: int) -> None:
+    family, our_host, their_host = OUTSIDE[outside]
     ours, theirs = os.urandom(32), os.urandom(32)
     port = lab.wireguard_go(private_key=theirs, our_public_key=public(ours), preshared_key=psk)
-    server = lab.spawn(SERVER, str(THEIRS), str(SIZE))
+    server = lab.spawn(SERVER, str(THEIRS), str(size))
     assert server.stdout is not None
     inside_port = int(server.stdout.readline())
-    async with open_tunnel(settings(port, theirs, ours, psk), carrier=bound(lab)) as tunnel:
+    config = settings(port, theirs, ours, psk, host=their_host)
+    async with open_tunnel(config, carrier=bound(lab, our_host, family=family)) as tunnel:
         await tunnel.ready(timeout_s=20)
+        await tunnel.ping(THEIRS)
         with await tunnel.dial(str(THEIRS), inside_port) as sock:
-            heard = await asyncio.to_thread(converse, sock, SIZE)
-        assert heard == digest(stream(b"down", SIZE))
+            await asyncio.to_thread(call, sock, size)
 
 
-async def test_we_are_called_and_a_hundred_megabytes_pass_each_way(lab: Lab) -> None:
+@sizes
+@cells
+async def test_wireguard_go_calls_us(lab: Lab, psk: bytes | None, outside: str, size: int) -> None:
+    family, our_host, their_host = OUTSIDE[outside]
     ours, theirs = os.urandom(32), os.urandom(32)
-    carrier = bound(lab)
-    lab.wireguard_go(private_key=theirs, our_public_key=public(ours), endpoint=carrier.endpoint)
-    async with open_tunnel(settings(None, theirs, ours, None), carrier=carrier) as tunnel:
-        heard = await answer_one_call(tunnel, lab)
-        assert heard == digest(stream(b"up", SIZE))
-
-
-async def answer_one_call(tunnel: Tunnel, lab: Lab) -> str:
-    """Serve port 80; what the caller behind wireguard-go sent, as SHA-256."""
-    result: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-
-    async def backend(*_: object) -> socket.socket:
-        near, far = socket.socketpair()
-        conversation = asyncio.ensure_future(asyncio.to_thread(listen, far))
-        conversation.add_done_callback(lambda done: result.set_result(done.result()))
-        return near
-
-    def listen(sock: socket.socket) -> str:
-        heard = hashlib.sha256()
-        with sock:
-            while octets := sock.recv(BLOCK):
-                heard.update(octets)
-            for block in stream(b"down", SIZE):
-                sock.sendall(block)
-        return heard.hexdigest()
-
-    tunnel.serve(OURS, 80, backend)
-    caller = lab.spawn(CLIENT, str(OURS), "80", str(SIZE))
-    assert caller.stdout is not None
-    async with asyncio.timeout(120):
+    carrier = bound(lab, our_host, family=family)
+    lab.wireguard_go(
+        private_key=theirs,
+        our_public_key=public(ours),
+        endpoint=carrier.endpoint,
+        preshared_key=psk,
+    )
+    config = settings(None, theirs, ours, psk, host=their_host)
+    async with open_tunnel(config, carrier=carrier) as tunnel, asyncio.timeout(LIMIT_S):
+        ended = serve_once(tunnel, OURS, size, telling=False)
+        caller = lab.spawn(CLIENT, str(OURS), "80", str(size))
+        assert caller.stdout is not None
         said = await asyncio.to_thread(caller.stdout.readline)
-        assert said.decode().strip() == digest(stream(b"down", SIZE))
-        return await result
+        assert said.decode().strip() == digest(stream(b"down", size)).hex()
+        await ended
+        await tunnel.ping(THEIRS)
+
+
+@sizes
+@pytest.mark.parametrize("calling", ["left", "right"])
+@cells
+async def test_we_call_ourselves(
+    lab: Lab, psk: bytes | None, outside: str, calling: str, size: int
+) -> None:
+    family, our_host, their_host = OUTSIDE[outside]
+    ours, theirs = os.urandom(32), os.urandom(32)
+    left = bound(lab, our_host, family=family)
+    far = lab.socket(family, far=True)
+    far.bind((their_host, 0))
+    right = UdpCarrier(far)
+    port = right.endpoint[1] if calling == "left" else None
+    config = settings(port, theirs, ours, psk, host=their_host)
+    mirror = mirrored(left.endpoint if calling == "right" else None, theirs, ours, psk)
+    async with (
+        open_tunnel(config, carrier=left) as our_end,
+        open_tunnel(mirror, carrier=right) as far_end,
+        asyncio.timeout(LIMIT_S),
+    ):
+        caller, callee, there = our_end, far_end, THEIRS
+        if calling == "right":
+            caller, callee, there = far_end, our_end, OURS
+        ended = serve_once(callee, there, size, telling=True)
+        await caller.ready(timeout_s=20)
+        await caller.ping(there)
+        with await caller.dial(str(there), 80) as sock:
+            await asyncio.to_thread(call, sock, size)
+        await ended
