@@ -47,7 +47,7 @@ def tasks(size: int) -> list[Task]:
         Task("echo 64 B", "echo", 2000),
         Task("up, 5 % reordered", "up", size // 4, 1, REACHING, Path(4, reorder=0.05)),
         Task("up, same way, in order", "up", size // 4, 1, REACHING, Path(4)),
-        Task("up, 0.1 % lost, 40 ms", "up", size // 16, 1, REACHING, Path(40, loss=0.001)),
+        Task("up, 0.1 % lost, 40 ms", "up", size // 4, 1, REACHING, Path(40, loss=0.001)),
         Task("up, 1 % lost, 20 ms", "up", size // 16, 1, REACHING, Path(20, loss=0.01)),
         Task("up, 20 ms", "up", size // 8, 1, REACHING, Path(20)),
         Task("up, 100 ms", "up", size // 8, 1, REACHING, Path(100)),
