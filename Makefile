@@ -31,8 +31,9 @@ test-system: ## the tests with a real engine, real WireGuard and namespaces, and
 check: $(READY) ## format, lint, types, import contracts and the fast tests
 	@workflows/check -m 'not system and not long' $(PYTEST_FLAGS)
 
-bench: $(READY) ## how fast the tunnel is on this machine
+bench: $(READY) ## how fast the tunnel and builds are on this machine; takes half an hour
 	.venv/bin/python -m bench $(BENCH_FLAGS)
+	.venv/bin/python -m bench.builds $(BENCH_BUILD_FLAGS)
 
 clean: ## stop the platform that this checkout started, remove .venv and caches
 	@if [ -x .venv/bin/python ]; then \

@@ -169,6 +169,7 @@ def main() -> int:
     rows: list[dict[str, object]] = []
     try:
         lab.open()
+        lab.gateway()
         for task in tasks(options.size * 1_000_000):
             if options.only and task.name not in options.only:
                 continue

@@ -16,7 +16,8 @@ from bench.subject import WEBSOCKET_PORT
 
 ROOT = pathlib.Path(__file__).parent.parent
 NEAR_HOST, FAR_HOST = "198.18.0.1", "198.18.0.2"
-NEAR, FAR = "fdaa:0:b::2", "fdaa:0:b::3"
+NEAR, FAR, OTHER = "fdaa:0:b::2", "fdaa:0:b::3", "fdaa:0:b::4"
+"""`OTHER` is a second process at the near end: a key belongs to one process."""
 PLAIN_NEAR, PLAIN_FAR = "fdaa:0:c::2", "fdaa:0:c::3"
 UDP_PORT = 51820
 RELAY_PORT = 51821
@@ -70,7 +71,7 @@ class Lab:
 
     def open(self) -> None:
         """Make everything."""
-        self.keys = {side: os.urandom(32) for side in ("near", "far", "gateway")}
+        self.keys = {side: os.urandom(32) for side in ("near", "far", "gateway", "other")}
         for name in (self.near, self.far):
             self.ip("netns", "add", name)
             self.ip("-n", name, "link", "set", "lo", "up")
@@ -90,15 +91,18 @@ class Lab:
         self.config = self.out / "ours.conf"
         self.gateway_config = self.out / "gateway.conf"
         self.port = UDP_PORT
-        self.gateway()
         self.clear()
 
-    def gateway(self) -> None:
-        """A gateway of ours at the far end, and the configuration that leads to it."""
+    def gateway(self, *, backend: str = "") -> None:
+        """A gateway of ours at the far end, and the configuration that leads to it.
+
+        `backend` is a Unix socket to lead streams to; the server of the other subjects otherwise.
+        """
         self.gateway_config.write_text(
             f"[Interface]\nPrivateKey = {_text(self.keys['gateway'])}\nAddress = {FAR}/128\n"
             f"ListenPort = {GATEWAY_PORT}\n"
             f"[Peer]\nPublicKey = {_text(public(self.keys['near']))}\nAllowedIPs = {NEAR}/128\n"
+            f"[Peer]\nPublicKey = {_text(public(self.keys['other']))}\nAllowedIPs = {OTHER}/128\n"
         )
         child = self.python(
             self.far,
@@ -108,12 +112,12 @@ class Lab:
             FAR_HOST,
             str(GATEWAY_PORT),
             str(WEBSOCKET_PORT),
-            str(self.ports["::1"]),
+            backend or str(self.ports["::1"]),
         )
         assert child.stdout is not None
         child.stdout.readline()
         self.to_gateway = self.out / "to-gateway.conf"
-        self._write(self.to_gateway, "gateway", GATEWAY_PORT)
+        self.lead(self.to_gateway, "gateway", GATEWAY_PORT)
 
     def clear(self) -> None:
         """The way is the cable itself again."""
@@ -139,11 +143,13 @@ class Lab:
     def reach(self, port: int) -> None:
         """Have every subject call the far end at this UDP port."""
         self.port = port
-        self._write(self.config, "far", port)
+        self.lead(self.config, "far", port)
 
-    def _write(self, path: pathlib.Path, side: str, port: int) -> None:
+    def lead(self, path: pathlib.Path, side: str, port: int, *, other: bool = False) -> None:
+        """Write the near end's configuration for a peer at the far host."""
+        key, address = ("other", OTHER) if other else ("near", NEAR)
         path.write_text(
-            f"[Interface]\nPrivateKey = {_text(self.keys['near'])}\nAddress = {NEAR}/128\n"
+            f"[Interface]\nPrivateKey = {_text(self.keys[key])}\nAddress = {address}/128\n"
             f"[Peer]\nPublicKey = {_text(public(self.keys[side]))}\n"
             f"AllowedIPs = {FAR}/128\nEndpoint = {FAR_HOST}:{port}\n"
         )

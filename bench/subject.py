@@ -1,7 +1,10 @@
 """One subject doing one piece of work in a process of its own; prints its figures as JSON.
 
 usage: subject server ADDRESS
-       | subject gateway CONFIG CERTIFICATE HOST PORT WEBSOCKET_PORT BACKEND_PORT
+       | subject gateway CONFIG CERTIFICATE HOST PORT WEBSOCKET_PORT BACKEND
+       | subject forward CONFIG ADDRESS SOCKET
+       | subject kit CONFIG CONTEXT
+       | subject classic SOCKET CONTEXT
        | subject kernel ADDRESS PORT WORK OCTETS STREAMS
        | subject ours|hosted|websocket CONFIG ADDRESS PORT WORK OCTETS STREAMS
 """
@@ -12,12 +15,14 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable, Coroutine
 from contextlib import AsyncExitStack
 from pathlib import Path
 
 from bench import work
 
 WEBSOCKET_PORT = 8443
+ENGINE_PORT = 2375
 
 
 def kernel(address: str, port: str, kind: str, octets: str, streams: str) -> None:
@@ -30,7 +35,7 @@ def kernel(address: str, port: str, kind: str, octets: str, streams: str) -> Non
 
 
 async def gateway(
-    text: str, certificate: str, host: str, port: str, websocket_port: str, backend_port: str
+    text: str, certificate: str, host: str, port: str, websocket_port: str, behind: str
 ) -> None:
     """A gateway as selfhost's, for UDP and WebSocket; leads every stream to the server."""
     from builder_orch.selfhost.wgtcpd import Certificate, Wgtcpd
@@ -39,9 +44,11 @@ async def gateway(
     from builder_orch.tunnel.driver import open_tunnel
 
     async def backend(_remote: object, _local: object) -> socket.socket:
-        sock = socket.socket(socket.AF_INET6)
+        local = "/" in behind
+        sock = socket.socket(socket.AF_UNIX if local else socket.AF_INET6)
         sock.setblocking(False)
-        await asyncio.get_running_loop().sock_connect(sock, ("::1", int(backend_port)))
+        address = behind if local else ("::1", int(behind))
+        await asyncio.get_running_loop().sock_connect(sock, address)
         return sock
 
     carrier = Wgtcpd(UdpCarrier.bind(host, int(port)))
@@ -89,11 +96,68 @@ async def ours(
         busy.set()
 
 
+async def forward(text: str, address: str, path: str) -> None:
+    """A tunnel, and a Unix socket that leads to the engine behind it."""
+    from builder_orch.tunnel.config import TunnelConfig
+    from builder_orch.tunnel.forward import Dialled, forward_unix
+    from builder_orch.tunnel.hosted import hosting
+
+    async with (
+        hosting() as opener,
+        opener(TunnelConfig.parse(text)) as tunnel,
+        forward_unix(Dialled(tunnel.dial), address, ENGINE_PORT, path),
+    ):
+        print("up", flush=True)
+        await asyncio.Event().wait()
+
+
+async def kit(text: str, folder: str) -> None:
+    """A build by our BuildKit session, its tunnel included."""
+    from builder_orch.pipeline.build import Build, Send, building
+    from builder_orch.pipeline.context import Directory, scan
+    from builder_orch.pipeline.engine import BUILDKIT, Engine, Recipe, wait_for_engine
+    from builder_orch.pipeline.stage import perform
+    from builder_orch.tunnel.config import TunnelConfig
+    from builder_orch.tunnel.hosted import hosting
+
+    def ignore(_: object) -> None:
+        """Nobody looks."""
+
+    config = TunnelConfig.parse(text)
+    (network,) = config.peers[0].allowed
+    async with hosting() as opener, opener(config) as tunnel:
+        engine = Engine(network.network_address, tunnel.dial)
+        ready = await wait_for_engine(engine, ignore, limit_s=30)
+        context = scan(Directory(Path(folder)), ignore)
+        recipe = Recipe(context.dockerfile_name, builder=BUILDKIT, node="bench")
+        async with building(ready, context, recipe, ignore) as under_way:
+            await perform(Send(), under_way, ignore)
+            await perform(Build(), under_way, ignore)
+
+
+def classic(path: str, folder: str) -> None:
+    """A build as any program does it with docker-py."""
+    import docker
+
+    client = docker.APIClient(base_url=f"unix://{path}", timeout=600)
+    for line in client.build(path=folder, rm=True, decode=True):
+        if "error" in line:
+            raise SystemExit(line["error"])
+    client.close()
+
+
 def _spin(done: threading.Event) -> None:
     """What a careless application does: pure Python without a pause."""
     number = 0
     while not done.is_set():
         number += 1
+
+
+ON_CONFIG: dict[str, Callable[..., Coroutine[None, None, None]]] = {
+    "gateway": gateway,
+    "forward": forward,
+    "kit": kit,
+}
 
 
 def main(arguments: list[str]) -> None:
@@ -102,8 +166,10 @@ def main(arguments: list[str]) -> None:
         work.serve(arguments[1])
     elif arguments[0] == "kernel":
         kernel(*arguments[1:])
-    elif arguments[0] == "gateway":
-        asyncio.run(gateway(Path(arguments[1]).read_text(), *arguments[2:]))
+    elif arguments[0] == "classic":
+        classic(*arguments[1:])
+    elif arguments[0] in ON_CONFIG:
+        asyncio.run(ON_CONFIG[arguments[0]](Path(arguments[1]).read_text(), *arguments[2:]))
     else:
         asyncio.run(ours(arguments[0], Path(arguments[1]).read_text(), *arguments[2:]))
 
