@@ -83,7 +83,7 @@ class PlatformFile:
 class PlatformSettings:
     """Which platform to ask, and where that was said.
 
-    `websocket_port` is where its gateway's wgtcpd listens (0: at the usual place), `websocket_pin`
+    `websocket_port` is where its gateway's wgtcpd listens (0: where its API says), `websocket_pin`
     the SHA-256 of that one's public key in hexadecimal, if it is known.
     """
 

@@ -16,12 +16,19 @@ from aiohttp import ClientTimeout
 from gql import GraphQLRequest
 from gql.transport.aiohttp import AIOHTTPTransport
 from gql.transport.exceptions import TransportError
-from graphql import DocumentNode, OperationDefinitionNode, OperationType, parse, separate_operations
+from graphql import (
+    DocumentNode,
+    ExecutionResult,
+    OperationDefinitionNode,
+    OperationType,
+    parse,
+    separate_operations,
+)
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_attempt
 from tenacity.wait import wait_base
 
 from builder_orch.api import clock
-from builder_orch.api.failures import Trouble, from_errors, from_transport
+from builder_orch.api.failures import LATER, Trouble, from_errors, from_transport
 from builder_orch.api.models import (
     Answer,
     App,
@@ -69,6 +76,25 @@ IDEMPOTENT_SELFHOST: Final = IDEMPOTENT | {
 }
 """The same for selfhost, which knows a repetition by its clientMutationId."""
 
+ASKED: Final = {
+    "Organizations": "for the organizations",
+    "FindApp": "for the app",
+    "NearestRegion": "for the nearest region",
+    "FindPeers": "for the WireGuard peers",
+    "FindMachines": "for the state of a machine",
+    "FindRelease": "for the release",
+    "CreateApp": "to create the app",
+    "AddWireGuardPeer": "to add a WireGuard peer",
+    "RemoveWireGuardPeer": "to remove a WireGuard peer",
+    "ValidateWireGuardPeers": "which WireGuard peers it knows",
+    "EnsureMachineRemoteBuilder": "for a builder",
+    "CreateBuild": "to record that a build begins",
+    "FinishBuild": "to record that a build has ended",
+    "CreateRelease": "to release the image",
+    "UpdateRelease": "to record how the release went",
+    "IssueCertificate": "for a certificate",
+}
+"""What the platform is asked by each operation, for people."""
 _TIMINGS: Final = {
     "build_and_push": "buildAndPushMs",
     "build": "buildMs",
@@ -390,16 +416,16 @@ class Platform:
         )
         try:
             async with asyncio.timeout(whole_s):
-                data: object = await tries(self._try, request, limit)
+                result: ExecutionResult = await tries(self._try, request, limit)
         except Trouble as trouble:
             unsure = trouble.sent and not repeatable
-            raise _unavailable(operation, str(trouble), trouble.hint, unsure) from trouble
+            raise self._unavailable(operation, str(trouble), trouble.hint, unsure) from trouble
         except TimeoutError as error:
             cause = f"no answer within {whole_s:g} s"
-            raise _unavailable(operation, cause, "try again later", not repeatable) from error
-        return Answer(data, operation)
+            raise self._unavailable(operation, cause, LATER, not repeatable) from error
+        return Answer(result.data, operation, result.extensions)
 
-    async def _try(self, request: GraphQLRequest, limit: ClientTimeout) -> object:
+    async def _try(self, request: GraphQLRequest, limit: ClientTimeout) -> ExecutionResult:
         assert self._transport is not None, "a Platform is used inside its `async with`"
         arguments = {"allow_redirects": False, "timeout": limit}
         try:
@@ -408,7 +434,7 @@ class Platform:
             raise self._explained(from_transport(error)) from error
         if result.errors:
             raise self._explained(from_errors(result.errors))
-        return result.data
+        return result
 
     def _note_date(self, date: str | None) -> None:
         """Compare clocks with each answer; a difference that matters is told once."""
@@ -425,8 +451,19 @@ class Platform:
     def _announce(self, operation: str, state: RetryCallState) -> None:
         if self._emit is None or state.outcome is None or state.next_action is None:
             return
-        cause = str(state.outcome.exception())
-        self._emit(Retry(operation, state.attempt_number, cause, state.next_action.sleep))
+        cause = f"{self._asking(operation)}: {state.outcome.exception()}"
+        self._emit(Retry("platform", state.attempt_number, cause, state.next_action.sleep))
+
+    def _asking(self, operation: str) -> str:
+        return f"asking {self._url.origin()} {ASKED[operation]}"
+
+    def _unavailable(
+        self, operation: str, cause: str, hint: str, unsure: bool
+    ) -> PlatformUnavailable:
+        if unsure:
+            cause += "; whether it was carried out is not known"
+            hint = f"look before you repeat it; {hint}"
+        return PlatformUnavailable(f"{self._asking(operation)} failed: {cause}", hint=hint)
 
 
 class _Wait(wait_base):
@@ -447,13 +484,6 @@ def _may_repeat(repeatable: bool, deadline: float, error: BaseException) -> bool
         return False
     left_s = deadline - asyncio.get_running_loop().time()
     return error.wait_s is None or error.wait_s < left_s
-
-
-def _unavailable(operation: str, cause: str, hint: str, unsure: bool) -> PlatformUnavailable:
-    if unsure:
-        cause += "; whether it was carried out is not known"
-        hint = f"look before you repeat it; {hint}"
-    return PlatformUnavailable(f"{operation}: {cause}", hint=hint)
 
 
 def _app_unknown(name: str) -> BuilderOrchError:

@@ -1,9 +1,10 @@
 """What goes wrong between us and a platform, and what each kind becomes; the one such table."""
 
+import os
 import re
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from ssl import SSLCertVerificationError
+from ssl import SSLCertVerificationError, SSLError
 from typing import Final
 
 from aiohttp import (
@@ -36,8 +37,11 @@ MESSAGE_LIMIT: Final = 500
 """Characters of a server's own words that we repeat."""
 ERRORS_SHOWN: Final = 3
 
-_LATER: Final = "try again later; if it stays so, ask those who run the platform"
-_REACH: Final = "check the API URL, the network and any proxy between"
+LATER: Final = "try again later; if it stays so, ask those who run the platform"
+"""The next step where nothing but time can help."""
+_REACH: Final = (
+    "check the API URL (--api-url or FLY_BUILD_API_URL), the network and any proxy between"
+)
 _LOGIN: Final = (
     "give a token that is still valid in FLY_BUILD_TOKEN, or in the file FLY_BUILD_TOKEN_FILE names"
 )
@@ -65,7 +69,7 @@ class Trouble(Exception):
         cause: str,
         *,
         sent: bool,
-        hint: str = _LATER,
+        hint: str = LATER,
         wait_s: float | None = None,
         lasting: bool = False,
     ) -> None:
@@ -150,7 +154,7 @@ _RULES: Final = (
         _ANY,
         PlatformUnavailable,
         "the platform failed",
-        _LATER,
+        LATER,
     ),
     _Rule(
         frozenset(),
@@ -223,7 +227,7 @@ def _from_status(answer: BadStatus) -> BuilderOrchError | Trouble:
         # a request over the limit is refused, not carried out (RFC 6585 section 4)
         return Trouble("too many requests", sent=False, wait_s=answer.wait_s)
     lasting = status < 500
-    hint = _REACH if lasting else _LATER
+    hint = _REACH if lasting else LATER
     cause = f"HTTP status {status}"
     return Trouble(cause, sent=True, hint=hint, wait_s=answer.wait_s, lasting=lasting)
 
@@ -236,17 +240,10 @@ def _from_cause(cause: BaseException) -> BuilderOrchError | Trouble:
             return Trouble(str(cause), sent=True, hint=_REACH, lasting=True)
         case ClientConnectorCertificateError():
             return _from_certificate(cause.certificate_error)
-        case ClientConnectorDNSError():
-            return Trouble(f"no address for {cause.host}", sent=False, hint=_REACH)
         case ConnectionTimeoutError():
             return Trouble("no connection within the time for one", sent=False, hint=_REACH)
         case ClientConnectorError():
-            why = cause.os_error.strerror or str(cause.os_error)
-            return Trouble(
-                f"no connection to {cause.host}:{cause.port}: {printable(why)}",
-                sent=False,
-                hint=_REACH,
-            )
+            return Trouble(unconnected(cause), sent=False, hint=_REACH)
         case ServerTimeoutError() | TimeoutError():
             return Trouble("no answer within the time for one try", sent=True)
         case ServerDisconnectedError() | ConnectionResetError():
@@ -256,6 +253,24 @@ def _from_cause(cause: BaseException) -> BuilderOrchError | Trouble:
         case _:
             words = printable(f"{type(cause).__name__}: {cause}", MESSAGE_LIMIT)
             return Trouble(words, sent=True)
+
+
+def unconnected(error: ClientConnectorError) -> str:
+    """What could not be connected to and why, in words for people."""
+    if isinstance(error, ClientConnectorDNSError):
+        return f"no address for {error.host}"
+    place = f"[{error.host}]" if ":" in error.host else error.host
+    return f"no connection to {place}:{error.port}: {_reason(error.os_error)}"
+
+
+def _reason(error: OSError) -> str:
+    """What the system says; asyncio's words are about its own calls, and may be of several."""
+    if isinstance(error, SSLError):
+        words = getattr(error, "reason", "") or str(error)
+        return f"no TLS with what answers there ({printable(words)})"
+    numbers = [error.errno] if error.errno else map(int, re.findall(r"\[Errno (\d+)\]", str(error)))
+    reasons = list(dict.fromkeys(os.strerror(number) for number in numbers))
+    return "; ".join(reasons) or printable(error.strerror or str(error), MESSAGE_LIMIT)
 
 
 def _from_certificate(error: Exception) -> Trouble:

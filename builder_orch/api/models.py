@@ -9,7 +9,7 @@ from typing import Final, NoReturn, Self
 from unicodedata import category
 
 from builder_orch.errors import PlatformRefused
-from builder_orch.tunnel.config import PublicKey, decode_key
+from builder_orch.tunnel.config import Door, PublicKey, decode_key
 from builder_orch.tunnel.machine import Endpoint
 
 PRIVATE_NETWORK: Final = IPv6Network("fdaa::/16")
@@ -80,11 +80,13 @@ class Answer:
     """An object of a GraphQL answer that remembers where it was found.
 
     Each method takes one field out of it and raises PlatformRefused with the field's whole name
-    when it is missing or is not what it should be.
+    when it is missing or is not what it should be. `extensions` is what the platform said beside
+    the data, in whatever form: nobody has to know any of it.
     """
 
-    def __init__(self, value: object, path: str) -> None:
+    def __init__(self, value: object, path: str, extensions: object = None) -> None:
         self._path = path
+        self.extensions = extensions
         self._fields: dict[str, object] = value if isinstance(value, dict) else {}
         if not isinstance(value, dict):
             raise self.refusal("is not an object")
@@ -100,7 +102,7 @@ class Answer:
 
     def at(self, field: str) -> "Answer":
         """An object inside this one."""
-        return Answer(self._fields.get(field), f"{self._path}.{field}")
+        return Answer(self._fields.get(field), f"{self._path}.{field}", self.extensions)
 
     def text(self, field: str, *, empty: bool = False) -> str:
         """A line of text without control characters."""
@@ -331,20 +333,37 @@ class Peer:
     """What a gateway granted: our address, and where and who the gateway is.
 
     `endpoint` is a host, an address, `host:port` or `[address]:port`, as `split_endpoint` reads it.
+    `door` is where that host takes WebSockets, if the platform says so.
     """
 
     address: IPv6Address
     endpoint: str
     gateway_key: PublicKey
+    door: Door | None = None
 
     @classmethod
     def parse(cls, answer: Answer, *, local: bool = False) -> Self:
-        """From `{peerip endpointip pubkey}`; `local` as for `split_endpoint`."""
+        """From `{peerip endpointip pubkey}` and what `told_door` reads; `local` as for
+        `split_endpoint`."""
         return cls(
             address=answer.address("peerip"),
             endpoint=answer.parsed("endpointip", lambda text: split_endpoint(text, local=local)),
             gateway_key=answer.key("pubkey"),
+            door=told_door(answer.extensions),
         )
+
+
+def told_door(extensions: object) -> Door | None:
+    """Where WebSockets are taken, by the extension `wgtcpd: {port spkiSha256}`; None where that is
+    not said clearly: most platforms say nothing, and what others mean by the word is not known."""
+    match extensions:
+        case {"wgtcpd": {"port": int(port), "spkiSha256": str(pin)}}:
+            try:
+                return Door.parse(f"{port} {pin}")
+            except ValueError:
+                return None
+        case _:
+            return None
 
 
 @dataclass(frozen=True, slots=True)

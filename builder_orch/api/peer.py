@@ -38,9 +38,10 @@ def tunnel_config(private_key: PrivateKey, peer: Peer) -> TunnelConfig:
     network = organization_network(peer.address)
     # `local` because the platform's address was judged when its answer was parsed
     endpoint = split_endpoint(peer.endpoint, local=True)
+    gateway = PeerConfig(peer.gateway_key, (network,), endpoint, door=peer.door)
     return TunnelConfig(
         private_key=private_key,
         address=peer.address,
-        peers=(PeerConfig(public_key=peer.gateway_key, allowed=(network,), endpoint=endpoint),),
+        peers=(gateway,),
         dns=network[DNS_HOST],
     )

@@ -119,6 +119,8 @@ class _Endpoint:
             asker = Asker(self._services, token, request_id)
             result = await self._run(asker, query, variables, operation)
             body = self._shaped(result, request_id, log)
+            if asker.extensions:
+                body["extensions"] = asker.extensions
         except Refused as refused:
             body = {"data": None, "errors": [_error(str(refused), refused.code)]}
         except _Unreadable as unreadable:

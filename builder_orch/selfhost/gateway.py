@@ -11,9 +11,9 @@ from pathlib import Path
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from builder_orch.errors import PortInUse
-from builder_orch.selfhost.wgtcpd import Certificate, Door, Wgtcpd
+from builder_orch.selfhost.wgtcpd import Certificate, Wgtcpd
 from builder_orch.tunnel.carrier.udp import UdpCarrier
-from builder_orch.tunnel.config import PeerConfig, PrivateKey, PublicKey, TunnelConfig
+from builder_orch.tunnel.config import Door, PeerConfig, PrivateKey, PublicKey, TunnelConfig
 from builder_orch.tunnel.driver import Tunnel, open_tunnel
 from builder_orch.tunnel.machine import Address, Endpoint
 

@@ -2,7 +2,7 @@
 
 from asyncio import Lock
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import wraps
 from ipaddress import IPv6Address
 from typing import Final, Protocol, TypeAlias
@@ -21,7 +21,7 @@ from builder_orch.selfhost.rows import (
     TokenRow,
 )
 from builder_orch.selfhost.store import REGION, Store
-from builder_orch.tunnel.config import PublicKey, decode_key, encode_key
+from builder_orch.tunnel.config import Door, PublicKey, decode_key, encode_key
 from builder_orch.tunnel.machine import Endpoint
 
 PEERS_ASKED: Final = 1000
@@ -43,6 +43,11 @@ class Gateway(Protocol):
     @property
     def endpoint(self) -> Endpoint:
         """Where clients send their datagrams."""
+        ...
+
+    @property
+    def websocket(self) -> Door | None:
+        """Where clients call that cannot use UDP."""
         ...
 
     async def install(self, public_key: PublicKey, address: IPv6Address) -> None:
@@ -89,6 +94,8 @@ class Asker:
     services: Services
     token: TokenRow
     request_id: str
+    extensions: dict[str, object] = field(default_factory=dict)
+    """What the answer says beside its data (GraphQL specification, 7.1)."""
 
     @property
     def store(self) -> Store:
@@ -128,8 +135,8 @@ def bind(schema: GraphQLSchema) -> None:
     assert schema.mutation_type is not None
     for name, resolve in _QUERIES.items():
         schema.query_type.fields[name].resolve = resolve
-    for name, field in schema.mutation_type.fields.items():
-        field.resolve = _MUTATIONS[name]
+    for name, mutation in schema.mutation_type.fields.items():
+        mutation.resolve = _MUTATIONS[name]
 
 
 def _mutation(name: str, *, scope: str, subject: str) -> Callable[[Mutation], Mutation]:
@@ -327,6 +334,9 @@ async def _add_peer(asker: Asker, given: Given) -> View:
                 asker.store.remove_peer(peer.id)
             raise
     host, port = services.gateway.endpoint
+    if (door := services.gateway.websocket) is not None:
+        # Not a field: the public schema has none for it, and clients of others pass over this.
+        asker.extensions["wgtcpd"] = {"port": door.port, "spkiSha256": door.pin.hex()}
     return {
         "peerip": str(peer.address),
         "endpointip": f"[{host}]:{port}" if ":" in host else f"{host}:{port}",

@@ -9,12 +9,13 @@ import resource
 import socket
 import ssl
 import time
+from asyncio.sslproto import SSLProtocol
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import structlog
 from cryptography import x509
@@ -30,9 +31,10 @@ from builder_orch.tunnel.carrier.link import Clock, Link
 from builder_orch.tunnel.carrier.udp import UdpCarrier
 from builder_orch.tunnel.carrier.upgrade import Head, answer, authority
 from builder_orch.tunnel.carrier.websocket import spki_sha256
+from builder_orch.tunnel.config import Door
 from builder_orch.tunnel.machine import Datagrams, Endpoint, Malformed
 
-FIRST_WORDS_S = 10.0
+FIRST_WORDS_S = 10
 """For TLS, and again for the upgrade and the first message."""
 IDLE_S = 60.0
 """Clients send a keepalive every second; one that is silent for so long is gone."""
@@ -44,6 +46,9 @@ LINKS_OF_ONE = 1024
 """Connections in all, and from one address."""
 DESCRIPTORS = 2 * LINKS
 BACKLOG = 512
+FIRST_BUFFER = 16 << 10
+FULL_BUFFER = 256 << 10
+"""Octets that are read at a time from a new connection, and from one that has filled the first."""
 VALID_DAYS = 3650
 
 
@@ -96,13 +101,6 @@ def _make(path: Path) -> x509.Certificate:
     return certificate
 
 
-class Door(NamedTuple):
-    """Where clients call, and the SHA-256 of the public key that they meet."""
-
-    port: int
-    pin: bytes
-
-
 class Called(Link):
     """The server's end of a connection."""
 
@@ -120,6 +118,19 @@ class Called(Link):
         if not agrees:
             raise Malformed("no WebSocket request")
         return True
+
+
+class Tls(SSLProtocol):
+    """asyncio's, with a buffer that grows when it is needed. Its own is filled with zeroes at the
+    beginning: a gigabyte for LINKS connections that say nothing."""
+
+    max_size = FIRST_BUFFER
+
+    def buffer_updated(self, nbytes: int) -> None:
+        """Pass on what came, and be ready for more of it."""
+        if nbytes == FIRST_BUFFER:
+            self.max_size = FULL_BUFFER  # type: ignore[misc] # nothing keeps it the class's
+        super().buffer_updated(nbytes)
 
 
 class Wgtcpd:
@@ -147,13 +158,15 @@ class Wgtcpd:
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         # The rest of the platform needs descriptors too.
         self._limit = min(LINKS, soft // 2)
-        self._server = await asyncio.get_running_loop().create_server(
-            lambda: Called(self, self._clock),
-            sock=listener,
-            ssl=certificate.context(),
-            ssl_handshake_timeout=FIRST_WORDS_S,
-            backlog=BACKLOG,
-        )
+        loop, context = asyncio.get_running_loop(), certificate.context()
+
+        def made() -> Tls:
+            # As `create_server` does it when it is given the context.
+            called = Called(self, self._clock)
+            nobody: Any = None  # waits for it, which the annotations do not foresee
+            return Tls(loop, called, context, nobody, True, ssl_handshake_timeout=FIRST_WORDS_S)
+
+        self._server = await loop.create_server(made, sock=listener, backlog=BACKLOG)
         self._tick()
         return Door(listener.getsockname()[1], certificate.pin)
 

@@ -20,7 +20,7 @@ from builder_orch.selfhost.api import application
 from builder_orch.selfhost.names import Plan
 from builder_orch.selfhost.rows import AppRow, OrganizationRow, ReleaseRow
 from builder_orch.selfhost.store import Store
-from builder_orch.tunnel.config import PublicKey
+from builder_orch.tunnel.config import Door, PublicKey
 from builder_orch.tunnel.machine import Endpoint
 
 CANARY = "fo1_canary-token"
@@ -159,6 +159,7 @@ class FakeGateway:
 
     public_key: PublicKey = GATEWAY_KEY
     endpoint: Endpoint = ("127.0.0.1", 40000)
+    websocket: Door | None = None
     peers: dict[PublicKey, IPv6Address] = field(default_factory=dict)
     installs: int = 0
     broken: bool = False

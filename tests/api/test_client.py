@@ -282,10 +282,16 @@ async def test_nobody_listens(opened: Opened) -> None:
     listener = bound()
     url = f"http://127.0.0.1:{listener.getsockname()[1]}/graphql"
     platform = await opened.client(url)
-    with pytest.raises(PlatformUnavailable, match="no connection") as caught:
+    origin = url.removesuffix("/graphql")
+    why = f"no connection to {origin.removeprefix('http://')}: Connection refused"
+    told = f"asking {origin} to release the image failed: {why}"
+    with pytest.raises(PlatformUnavailable) as caught:
         await release_once(platform)
-    assert "not known" not in str(caught.value)
+    assert str(caught.value) == told
+    assert "FLY_BUILD_API_URL" in caught.value.hint
     assert len(opened.waits.seconds) == TRIES - 1
+    tries = [(event.phase, event.cause) for event in opened.events if isinstance(event, Retry)]
+    assert tries == [("platform", told.replace(" failed", ""))] * (TRIES - 1)
     listener.close()
 
 

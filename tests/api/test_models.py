@@ -20,9 +20,10 @@ from builder_orch.api.models import (
     is_printable,
     printable,
     split_endpoint,
+    told_door,
 )
 from builder_orch.errors import PlatformRefused
-from builder_orch.tunnel.config import encode_key
+from builder_orch.tunnel.config import Door, encode_key
 
 KEY = bytes(range(32))
 PEER: dict[str, object] = {
@@ -84,6 +85,57 @@ def test_a_hostile_peer_is_refused_by_the_field(field: str, value: object) -> No
     with pytest.raises(PlatformRefused, match=rf"addWireGuardPeer\.{field} ") as caught:
         peer(**{field: value})
     assert is_printable(str(caught.value))
+
+
+PIN = "ab" * 32
+SAID = {"wgtcpd": {"port": 4433, "spkiSha256": PIN}}
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=10,
+)
+
+
+def test_a_door_is_what_the_extensions_say() -> None:
+    answer = Answer({"peer": {**PEER, "endpointip": "8.8.8.8"}}, "answer", {**SAID, "cost": 3})
+    assert Peer.parse(answer.at("peer")).door == Door(4433, bytes.fromhex(PIN))
+    assert peer().door is None
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"port": 0},
+        {"port": 65536},
+        {"port": -1},
+        {"port": True},
+        {"port": "4433"},
+        {"port": 4433.0},
+        {"port": None},
+        {"port": 10**6000},
+        {"spkiSha256": ""},
+        {"spkiSha256": PIN[2:]},
+        {"spkiSha256": PIN + "ab"},
+        {"spkiSha256": "x" * 64},
+        {"spkiSha256": None},
+        {"spkiSha256": [PIN]},
+    ],
+)
+def test_half_a_door_is_none(said: dict[str, object]) -> None:
+    assert told_door({"wgtcpd": {"port": 4433, "spkiSha256": PIN, **said}}) is None
+
+
+@given(
+    JSON
+    | st.fixed_dictionaries({"wgtcpd": JSON})
+    | st.fixed_dictionaries(
+        {"wgtcpd": st.fixed_dictionaries({"port": JSON, "spkiSha256": JSON | st.just(PIN)})}
+    )
+)
+def test_whatever_the_extensions_are_the_peer_is_taken(said: object) -> None:
+    found = Peer.parse(Answer({**PEER, "endpointip": "8.8.8.8"}, "answer", said))
+    assert found.address == IPv6Address("fdaa:0:18:a7b:7d:0:a:102")
+    assert found.door is None or (0 < found.door.port < 65536 and len(found.door.pin) == 32)
 
 
 @pytest.mark.parametrize(

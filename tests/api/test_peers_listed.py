@@ -1,5 +1,6 @@
 """Peers and machines as a platform lists them, and to whom."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -7,8 +8,8 @@ import pytest
 from builder_orch.api.client import Platform
 from builder_orch.api.models import Organization, Secret
 from builder_orch.errors import AppUnknown, BuilderOrchError, PlatformRefused
-from builder_orch.tunnel.config import PublicKey, encode_key
-from tests.api.rig import answer, scripted, selfhost
+from builder_orch.tunnel.config import Door, PublicKey, encode_key
+from tests.api.rig import answer, octets, scripted, selfhost
 from tests.api.test_client import PERSONAL
 
 KEY = PublicKey(bytes(range(1, 33)))
@@ -32,6 +33,30 @@ async def test_the_peers_of_an_organization_are_listed_to_those_who_reach_it(
             assert await stranger.peers(theirs) == []
             with pytest.raises(AppUnknown, match="Could not find Organization"):
                 await stranger.peers(mine)
+
+
+@pytest.mark.parametrize(
+    ("said", "door"),
+    [
+        ({"wgtcpd": {"port": 4433, "spkiSha256": "ab" * 32}, "cost": 1}, Door(4433, b"\xab" * 32)),
+        ({"wgtcpd": {"port": "4433", "spkiSha256": "ab" * 32}}, None),
+        ({"wgtcpd": [1]}, None),
+        (["wgtcpd"], None),
+        ("\x1b[2J", None),
+        (None, None),
+    ],
+)
+async def test_extensions_that_are_not_understood_are_passed_over(
+    said: object, door: Door | None
+) -> None:
+    peer = {"peerip": "fdaa::1:2", "endpointip": "127.0.0.1:4", "pubkey": encode_key(KEY)}
+    body = {"data": {"addWireGuardPeer": peer}, "extensions": said}
+    async with (
+        scripted(octets(json.dumps(body).encode())) as server,
+        Platform(server.url, Secret("t")) as platform,
+    ):
+        made = await platform.add_peer(PERSONAL, "a", encode_key(KEY), region=None, ephemeral=True)
+    assert (made.endpoint, made.door) == ("127.0.0.1:4", door)
 
 
 async def test_the_state_of_a_machine_is_what_the_platform_says_of_it(tmp_path: Path) -> None:

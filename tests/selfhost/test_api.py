@@ -32,7 +32,7 @@ from builder_orch.errors import (
 from builder_orch.selfhost.names import Plan
 from builder_orch.selfhost.resolvers_ssh import authority, authority_line
 from builder_orch.selfhost.rows import TokenRow
-from builder_orch.tunnel.config import PublicKey, encode_key
+from builder_orch.tunnel.config import Door, PublicKey, TunnelConfig, encode_key
 from tests.api.rig import GATEWAY_KEY, Selfhost, Waits, codes, post, selfhost
 
 IMAGE = "127.0.0.1:5000/hello@sha256:" + "a" * 64
@@ -119,6 +119,41 @@ async def test_what_a_build_leaves_behind(host: Selfhost) -> None:
 
 
 # --- peers
+
+
+ADD_PEER = """mutation Add($input: AddWireGuardPeerInput!) {
+  addWireGuardPeer(input: $input) { endpointip }
+}"""
+
+
+async def test_where_websockets_are_taken_is_said_beside_the_answer(host: Selfhost) -> None:
+    given = {"organizationId": host.organization.id, "name": "a", "pubkey": encode_key(GATEWAY_KEY)}
+    question = {"query": ADD_PEER, "variables": {"input": given}}
+    assert set((await post(host, question))[1]) == {"data"}
+    host.gateway.websocket = Door(4433, bytes(range(32)))
+    _, said = await post(host, question)
+    assert said["data"] == {"addWireGuardPeer": {"endpointip": "127.0.0.1:40000"}}
+    assert said["extensions"] == {"wgtcpd": {"port": 4433, "spkiSha256": bytes(range(32)).hex()}}
+    # Neither who may not have a peer is told, nor who asks for something else.
+    stranger = {**given, "organizationId": "other"}
+    for other in (
+        {**question, "variables": {"input": stranger}},
+        {"query": "{ organizations { nodes { id } } }"},
+    ):
+        assert "extensions" not in (await post(host, other))[1]
+
+
+async def test_a_client_calls_where_it_is_told(host: Selfhost) -> None:
+    host.gateway.websocket = Door(4433, bytes(range(32)))
+    private = new_key()
+    async with host.platform() as platform:
+        organization = await platform.organization(None)
+        peer = await platform.add_peer(
+            organization, "laptop", encode_key(public_key(private)), region=None, ephemeral=True
+        )
+    config = tunnel_config(private, peer)
+    assert config.peers[0].door == host.gateway.websocket
+    assert TunnelConfig.parse(config.dump()) == config
 
 
 async def test_no_answer_before_the_gateway_has_the_peer(host: Selfhost) -> None:

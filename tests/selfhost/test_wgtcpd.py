@@ -22,14 +22,15 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from builder_orch.errors import TunnelNotUp
 from builder_orch.selfhost import wgtcpd
 from builder_orch.selfhost.gateway import Gateway, open_gateway
-from builder_orch.selfhost.wgtcpd import FIRST_WORDS_S, IDLE_S, STUCK_S, Certificate, Door, Wgtcpd
+from builder_orch.selfhost.wgtcpd import FIRST_WORDS_S, IDLE_S, STUCK_S, Certificate, Wgtcpd
 from builder_orch.tunnel.carrier.choice import Choice
 from builder_orch.tunnel.carrier.memory import Memory
 from builder_orch.tunnel.carrier.udp import UdpCarrier
 from builder_orch.tunnel.carrier.websocket import unverified
-from builder_orch.tunnel.config import PeerConfig, PrivateKey, PublicKey, TunnelConfig
+from builder_orch.tunnel.config import Door, PeerConfig, PrivateKey, PublicKey, TunnelConfig
 from builder_orch.tunnel.driver import open_tunnel
 from builder_orch.tunnel.machine import Datagrams, Endpoint
+from builder_orch.tunnel.stamps import Stamps
 
 MAGIC = bytes.fromhex("2faced77")
 NETWORK = IPv6Network("fdaa:0:7::/48")
@@ -213,6 +214,24 @@ async def test_first_words_that_are_others_are_refused(
         async with asyncio.timeout(10):
             assert (await reader.read()).startswith(answer)
     assert len(house.wgtcpd) == 0
+
+
+async def test_who_does_not_speak_tls_is_hung_up_on_without_a_word_in_the_log(
+    house: House,
+) -> None:
+    told: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context))
+    for words in (b"GET / HTTP/1.1\r\n\r\n", b"\x16\x03\x01\0\2ab", b""):
+        reader, writer = await asyncio.open_connection("127.0.0.1", house.door.port)
+        writer.write(words)
+        writer.write_eof()
+        async with asyncio.timeout(10):
+            with contextlib.suppress(ConnectionError):
+                await reader.read()
+        writer.close()
+    await _turns()
+    assert len(house.wgtcpd) == 0
+    assert told == []
 
 
 async def test_who_is_slow_with_the_first_words_is_not_waited_for(house: House) -> None:
@@ -438,8 +457,10 @@ async def test_a_refusal_of_udp_is_no_waiting_time_and_is_remembered(
     monkeypatch.setattr("builder_orch.tunnel.wireguard.handshake.INITIATION_SPACING", 0.0)
     config = both.without_udp()
     memory = Memory(both.choice.memory)
+    assert both.choice.memory is not None
+    stamps = Stamps(both.choice.memory.with_name("stamps"))
     (peer,) = config.peers
-    async with open_tunnel(config, choice=both.choice) as tunnel:
+    async with open_tunnel(config, choice=both.choice, stamps=stamps) as tunnel:
         reasons: list[str] = []
         await tunnel.ready(timeout_s=20, report=reasons.append)
         route = await tunnel.route()
@@ -447,7 +468,7 @@ async def test_a_refusal_of_udp_is_no_waiting_time_and_is_remembered(
         assert await tunnel.ping(GATEWAY) > 0
     assert peer.endpoint is not None
     assert memory.recall(f"127.0.0.1:{peer.endpoint[1]} from 127.0.0.1") == "websocket"
-    async with open_tunnel(config, choice=both.choice) as tunnel:
+    async with open_tunnel(config, choice=both.choice, stamps=stamps) as tunnel:
         await tunnel.ready(timeout_s=20)
         route = await tunnel.route()
         assert (route.kind, route.why) == ("websocket", "it answered here before, and again")
