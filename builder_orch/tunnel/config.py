@@ -4,7 +4,7 @@ from base64 import b64decode, b64encode
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from ipaddress import IPv4Network, IPv6Address, IPv6Interface, IPv6Network, ip_address, ip_network
-from typing import NewType, Self
+from typing import NamedTuple, NewType, Self
 
 from builder_orch.tunnel.machine import Endpoint
 
@@ -15,6 +15,7 @@ KEY_LEN = 32
 DEFAULT_MTU = 1420
 MINIMUM_MTU = 1280
 NO_PRESHARED_KEY = bytes(KEY_LEN)
+PIN_LEN = 32
 
 
 def encode_key(key: bytes) -> str:
@@ -33,15 +34,39 @@ def decode_key(text: str) -> bytes:
     return key
 
 
+class Door(NamedTuple):
+    """Where a gateway takes WebSockets, beside UDP: a TCP port of the same host, and the SHA-256 of
+    the public key (SubjectPublicKeyInfo) that callers meet there."""
+
+    port: int
+    pin: bytes
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read `port hexadecimal`, as `str` writes it; ValueError for anything else."""
+        port, _, pin = text.partition(" ")
+        made = cls(_port(port), bytes.fromhex(pin))
+        if made.port == 0 or len(made.pin) != PIN_LEN:
+            raise ValueError("a WebSocket is a TCP port and a SHA-256 in hexadecimal")
+        return made
+
+    def __str__(self) -> str:
+        return f"{self.port} {self.pin.hex()}"
+
+
 @dataclass(frozen=True, slots=True)
 class PeerConfig:
-    """One [Peer]. Without an endpoint it calls us, which is how a gateway sees its clients."""
+    """One [Peer]. Without an endpoint it calls us, which is how a gateway sees its clients.
+
+    `door` is a line of our own in the text form, which wg-quick(8) does not know.
+    """
 
     public_key: PublicKey
     allowed: tuple[IPv6Network, ...]
     endpoint: Endpoint | None = None
     keepalive_s: float | None = None
     preshared_key: bytes = field(default=NO_PRESHARED_KEY, repr=False)
+    door: Door | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +137,8 @@ class TunnelConfig:
                 lines.append(f"Endpoint = {f'[{host}]' if ':' in host else host}:{port}")
             if peer.keepalive_s is not None:
                 lines.append(f"PersistentKeepalive = {peer.keepalive_s:g}")
+            if peer.door is not None:
+                lines.append(f"WebSocket = {peer.door}")
         return "\n".join(lines) + "\n"
 
 
@@ -141,6 +168,8 @@ def _check(name: str, value: str, number: int) -> None:
                 _port(value)
             case "persistentkeepalive":
                 _keepalive(value)
+            case "websocket":
+                Door.parse(value)
             case _:
                 pass
     except ValueError as error:
@@ -160,6 +189,7 @@ def _peer(fields: dict[str, str]) -> PeerConfig:
         preshared_key=decode_key(fields["presharedkey"])
         if "presharedkey" in fields
         else NO_PRESHARED_KEY,
+        door=Door.parse(fields["websocket"]) if "websocket" in fields else None,
     )
 
 

@@ -203,19 +203,21 @@ async def hosting(
     """Start the other process now; what is yielded opens its one tunnel when it is needed.
 
     The process ends with the block, or with this process. `choice` is as of `open_tunnel`,
-    `capture` names a new file for the inner packets.
+    `capture` names a new file for the inner packets. TunnelNotUp where no process can be had.
     """
-    ours, theirs = socket.socketpair()
-    words = [sys.executable, "-m", "builder_orch.tunnel.host", str(theirs.fileno())]
-    with theirs:
-        child = await asyncio.to_thread(
-            subprocess.Popen, words, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL
-        )
+    child, ours = await _begin()
     tunnel = HostedTunnel(ours, child.pid)
 
     @asynccontextmanager
     async def open_in_it(config: TunnelConfig) -> AsyncGenerator[HostedTunnel]:
-        await tunnel.open(config, choice or Choice(), capture)
+        try:
+            await tunnel.open(config, choice or Choice(), capture)
+        except ConnectionResetError:
+            code = await asyncio.to_thread(_reap, child)
+            raise TunnelNotUp(
+                f"the process for the tunnel ended before it was up ({_ended(code)})",
+                hint=f"See whether {sys.executable} -m builder_orch works, then run it again.",
+            ) from None
         try:
             yield tunnel
         finally:
@@ -240,9 +242,31 @@ async def open_hosted_tunnel(
         yield tunnel
 
 
-def _reap(child: "subprocess.Popen[bytes]") -> None:
+async def _begin() -> tuple["subprocess.Popen[bytes]", socket.socket]:
+    """The other process, and our end of what leads to it."""
+    ours, theirs = socket.socketpair()
+    words = [sys.executable, "-m", "builder_orch.tunnel.host", str(theirs.fileno())]
+    with theirs:
+        try:
+            child = await asyncio.to_thread(
+                subprocess.Popen, words, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL
+            )
+        except OSError as error:
+            ours.close()
+            raise TunnelNotUp(
+                f"no process for the tunnel could be started: {sys.executable}: {error.strerror}",
+                hint="See whether this Python is still there and the machine has memory left.",
+            ) from None
+    return child, ours
+
+
+def _reap(child: "subprocess.Popen[bytes]") -> int:
     try:
-        child.wait(EXIT_TIMEOUT_S)
+        return child.wait(EXIT_TIMEOUT_S)
     except subprocess.TimeoutExpired:
         child.kill()
-        child.wait()
+        return child.wait()
+
+
+def _ended(code: int) -> str:
+    return f"signal {-code}" if code < 0 else f"exit code {code}"

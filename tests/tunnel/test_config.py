@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from builder_orch.tunnel.config import (
+    Door,
     PeerConfig,
     PrivateKey,
     PublicKey,
@@ -63,6 +64,9 @@ def test_repeated_lines_add_up() -> None:
         ("PublicKey", "Publickey2", "needs PublicKey"),
         ("PostUp = true", "MTU = 500", "1280"),
         ("PostUp = true", "nonsense", "Name = value"),
+        ("PersistentKeepalive = 25", "WebSocket = 443", "line 13"),
+        ("PersistentKeepalive = 25", f"WebSocket = 0 {'ab' * 32}", "line 13"),
+        ("PersistentKeepalive = 25", f"WebSocket = 443 {'ab' * 31}", "line 13: a WebSocket"),
     ],
 )
 def test_a_wrong_line_is_named(old: str, new: str, words: str) -> None:
@@ -84,6 +88,7 @@ peers = st.builds(
     | st.tuples(st.sampled_from(["::1", "192.0.2.1", "gw.example"]), st.integers(0, 65535)),
     keepalive_s=st.none() | st.integers(1, 65535).map(float),
     preshared_key=keys,
+    door=st.none() | st.builds(Door, st.integers(1, 65535), keys),
 )
 configs = st.builds(
     TunnelConfig,

@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import stat
+import sys
 from dataclasses import replace
 from ipaddress import IPv6Address
 from pathlib import Path
@@ -80,6 +81,26 @@ async def test_a_tunnel_that_cannot_be_opened_says_why() -> None:
         nowhere = replace(peer, endpoint=("gateway.invalid", 51820))
         config = replace(ends.config, peers=(nowhere,))
     with pytest.raises(TunnelNotUp, match=r"gateway\.invalid") as caught:
+        async with open_hosted_tunnel(config):
+            raise AssertionError("not reached")
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("python", "reason"),
+    [
+        ("/nowhere/python", "/nowhere/python: No such file or directory"),
+        ("/etc/passwd", "/etc/passwd: Permission denied"),
+        ("/bin/false", "exit code 1"),
+    ],
+)
+async def test_a_process_that_does_not_start_is_a_failure_with_its_reason(
+    python: str, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with pair() as ends:
+        config = ends.config
+    monkeypatch.setattr(sys, "executable", python)
+    with pytest.raises(TunnelNotUp, match=reason) as caught:
         async with open_hosted_tunnel(config):
             raise AssertionError("not reached")
     assert caught.value.hint

@@ -14,7 +14,7 @@ from builder_orch.tunnel.carrier.race import RaceCarrier
 from builder_orch.tunnel.carrier.udp import UdpCarrier
 from builder_orch.tunnel.carrier.upgrade import authority
 from builder_orch.tunnel.carrier.websocket import Gate, WebSocketCarrier
-from builder_orch.tunnel.config import TunnelConfig
+from builder_orch.tunnel.config import Door, TunnelConfig
 from builder_orch.tunnel.machine import Endpoint
 
 AUTO, UDP, WEBSOCKET = KINDS = ("auto", "udp", "websocket")
@@ -23,15 +23,23 @@ WEBSOCKET_PORT = 443
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """`kind` is auto (both, raced), udp or websocket. `pin` is the SHA-256 of the key of the
-    gateway's wgtcpd, if the platform tells it; `memory` a file for what answered last time.
+    """`kind` is auto (both, raced), udp or websocket. `port` is that of the gateway's wgtcpd and
+    `pin` the SHA-256 of its key, where they are known better than by the peer's configuration
+    (0, None: as that says, or else the usual port and any key). `memory` is a file for what
+    answered last time.
     """
 
     kind: str = UDP
-    port: int = WEBSOCKET_PORT
+    port: int = 0
     pin: bytes | None = None
     outside: Outside = field(default_factory=Outside)
     memory: Path | None = None
+
+    def gate(self, host: str, told: Door | None) -> Gate:
+        """Where to call at a gateway's host, of which `told` is what its configuration says."""
+        if self.port or told is None:
+            return Gate(host, self.port or WEBSOCKET_PORT, self.pin)
+        return Gate(host, told.port, self.pin or told.pin)
 
     def dump(self) -> dict[str, object]:
         """In JSON types; the proxy's password is among them."""
@@ -82,7 +90,7 @@ async def open_carrier(config: TunnelConfig, choice: Choice) -> tuple[TunnelConf
         udp = _connected(await _numeric(named[0]))
         return _at(udp, config), udp
     host, _ = named[0]
-    gate = Gate(host, choice.port, choice.pin)
+    gate = choice.gate(host, config.peers[0].door)
     if choice.kind == WEBSOCKET:
         return config, WebSocketCarrier(gate, choice.outside, why="asked for")
     try:

@@ -1,7 +1,8 @@
-"""The way out of a company: HTTP proxies, whom they are not for, and certificates they need."""
+"""The way out of a company: proxies, whom they are not for, and certificates they need."""
 
 import asyncio
 import contextlib
+import socket
 import ssl
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -13,6 +14,11 @@ from builder_orch.tunnel.carrier.upgrade import Head, authority, connect_request
 from builder_orch.tunnel.machine import Malformed
 
 HANDSHAKE_S = 10.0
+HTTP, HTTPS, SOCKS, SOCKS_NAMES = "http", "https", "socks5", "socks5h"
+PORTS = {HTTP: 80, HTTPS: 443, SOCKS: 1080, SOCKS_NAMES: 1080}
+"""The kinds of proxies by the schemes of their URLs, with their usual ports."""
+SOCKS_WORD = 255
+"""Octets of a name or password (RFC 1929)."""
 
 Reached = TypeVar("Reached", bound=asyncio.Protocol)
 
@@ -23,12 +29,14 @@ class ProxyRefused(OSError):
 
 @dataclass(frozen=True, slots=True)
 class Proxy:
-    """An HTTP proxy; `secure` when it is spoken to over TLS."""
+    """A proxy: of HTTP, also spoken to over TLS, or of SOCKS 5, to which socks5h gives names and
+    socks5 the addresses that we find for them."""
 
     host: str
     port: int
-    secure: bool = False
-    credentials: str = field(default="", repr=False)
+    kind: str = HTTP
+    user: str = ""
+    password: str = field(default="", repr=False)
 
     @classmethod
     def parse(cls, text: str) -> "Proxy":
@@ -38,12 +46,14 @@ class Proxy:
             port = parts.port
         except ValueError:
             raise ProxyRefused("the proxy's URL has a port that is none") from None
-        if parts.scheme not in {"http", "https"} or not parts.hostname:
-            raise ProxyRefused(f"a {parts.scheme} proxy is not supported; http and https are")
+        if parts.scheme not in PORTS:
+            kinds = ", ".join(PORTS)
+            raise ProxyRefused(f"a {parts.scheme} proxy is not supported; these are: {kinds}")
+        if not parts.hostname:
+            raise ProxyRefused("the proxy's URL names no host")
         user, password = unquote(parts.username or ""), unquote(parts.password or "")
-        credentials = f"{user}:{password}" if user else ""
-        secure = parts.scheme == "https"
-        return cls(parts.hostname, port or (443 if secure else 80), secure, credentials)
+        port = port or PORTS[parts.scheme]
+        return cls(parts.hostname, port, parts.scheme, user, password)
 
     def __str__(self) -> str:
         return authority(self.host, self.port)
@@ -130,6 +140,12 @@ async def reach(
             made, host, port, ssl=tls, server_hostname=host, ssl_handshake_timeout=HANDSHAKE_S
         )
         return protocol
+    if proxy.kind in {SOCKS, SOCKS_NAMES}:
+        sock = await _by_socks(proxy, host, port)
+        _, protocol = await loop.create_connection(
+            made, sock=sock, ssl=tls, server_hostname=host, ssl_handshake_timeout=HANDSHAKE_S
+        )
+        return protocol
     transport = await _through(proxy, host, port, outside)
     try:
         protocol = made()
@@ -171,12 +187,16 @@ async def _through(proxy: Proxy, host: str, port: int, outside: Outside) -> asyn
     loop = asyncio.get_running_loop()
     try:
         transport, asking = await loop.create_connection(
-            _Asking, proxy.host, proxy.port, ssl=outside.verifying() if proxy.secure else None
+            _Asking,
+            proxy.host,
+            proxy.port,
+            ssl=outside.verifying() if proxy.kind == HTTPS else None,
         )
     except OSError as error:
         raise ProxyRefused(f"the proxy {proxy} cannot be reached: {error}") from None
     try:
-        transport.write(connect_request(host, port, proxy.credentials))
+        credentials = f"{proxy.user}:{proxy.password}" if proxy.user else ""
+        transport.write(connect_request(host, port, credentials))
         head = await asking.answered
         code, reason = head.status()
     except (Malformed, ConnectionResetError) as error:
@@ -190,3 +210,32 @@ async def _through(proxy: Proxy, host: str, port: int, outside: Outside) -> asyn
     transport.abort()
     wants = "wants a name and password, or others" if code == 407 else "refused"
     raise ProxyRefused(f"the proxy {proxy} {wants} ({code} {reason})")
+
+
+async def _by_socks(proxy: Proxy, host: str, port: int) -> socket.socket:
+    """A connected socket that the proxy passes on (RFC 1928, RFC 1929)."""
+    from python_socks import ProxyConnectionError, ProxyError, ProxyType
+    from python_socks.async_.asyncio import Proxy as Socks
+
+    for word in (proxy.user, proxy.password):
+        if len(word) > SOCKS_WORD or not word.isascii():
+            what = f"a name and password of ASCII, {SOCKS_WORD} characters each"
+            raise ProxyRefused(f"the proxy {proxy} can be told {what}")
+    asking = Socks(
+        ProxyType.SOCKS5,
+        proxy.host,
+        proxy.port,
+        proxy.user or None,
+        proxy.password or None,
+        rdns=proxy.kind == SOCKS_NAMES,
+    )
+    try:
+        return await asking.connect(host, port)
+    except ProxyConnectionError as error:
+        raise ProxyRefused(f"the proxy {proxy} cannot be reached: {error.__cause__}") from None
+    except socket.gaierror as error:
+        why = f"{host} cannot be resolved here ({error.strerror}); socks5h lets the proxy do it"
+        raise ProxyRefused(f"the proxy {proxy} is not asked: {why}") from None
+    except (ProxyError, OSError, ValueError) as error:
+        # A ValueError is what the library makes of addresses that are none.
+        raise ProxyRefused(f"the proxy {proxy} refused ({error})") from None

@@ -7,6 +7,7 @@ from base64 import b64encode
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from ipaddress import ip_address
 from pathlib import Path
 
 from aiohttp import WSMsgType, web
@@ -102,6 +103,59 @@ class Proxy:
         """Its authority."""
         async with serving(self.attend, tls) as self.port:
             yield f"127.0.0.1:{self.port}"
+
+
+@dataclass
+class Socks:
+    """A SOCKS 5 proxy (RFC 1928) with a login (RFC 1929) if there are `credentials`.
+
+    `answer` is said at the first word instead of all that follows; `reply` is its last word.
+    """
+
+    credentials: str = ""
+    answer: bytes | None = None
+    reply: int = 0
+    asked: list[str] = field(default_factory=list)
+
+    async def attend(self, near: asyncio.StreamReader, back: asyncio.StreamWriter) -> None:
+        with contextlib.closing(back):
+            version, count = await near.readexactly(2)
+            offered = await near.readexactly(count)
+            if self.answer is not None:
+                back.write(self.answer)
+                return
+            assert version == 5
+            method = 2 if self.credentials else 0
+            back.write(bytes([5, method if method in offered else 255]))
+            if method not in offered or (method and not await self._is_known(near, back)):
+                return
+            assert await near.readexactly(3) == b"\5\1\0"
+            kind = (await near.readexactly(1))[0]
+            if kind == 3:
+                host = (await near.readexactly((await near.readexactly(1))[0])).decode()
+            else:
+                host = str(ip_address(await near.readexactly(4 if kind == 1 else 16)))
+            port = int.from_bytes(await near.readexactly(2))
+            self.asked.append(f"{host} {port}")
+            back.write(bytes([5, self.reply, 0, 1, *bytes(6)]))
+            if self.reply == 0:
+                # Whatever host was asked for, there is only this machine.
+                far, forth = await asyncio.open_connection("127.0.0.1", port)
+                with contextlib.closing(forth):
+                    await asyncio.gather(_copy(near, forth), _copy(far, back))
+
+    async def _is_known(self, near: asyncio.StreamReader, back: asyncio.StreamWriter) -> bool:
+        assert await near.readexactly(1) == b"\1"
+        words = [await near.readexactly((await near.readexactly(1))[0]) for _ in range(2)]
+        known = b":".join(words).decode() == self.credentials
+        back.write(bytes([1, not known]))
+        return known
+
+    @asynccontextmanager
+    async def running(self) -> AsyncGenerator[str]:
+        """Its authority."""
+        async with serving(self.attend) as port:
+            yield f"127.0.0.1:{port}"
 
 
 @asynccontextmanager

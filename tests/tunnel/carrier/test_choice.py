@@ -13,13 +13,16 @@ from builder_orch.errors import TunnelNotUp
 from builder_orch.tunnel.carrier.choice import AUTO, KINDS, UDP, WEBSOCKET, Choice, open_carrier
 from builder_orch.tunnel.carrier.memory import ENTRIES, EXPIRY_S, Memory
 from builder_orch.tunnel.carrier.proxy import Outside
-from builder_orch.tunnel.config import PeerConfig, PrivateKey, PublicKey, TunnelConfig
+from builder_orch.tunnel.carrier.websocket import Gate
+from builder_orch.tunnel.config import Door, PeerConfig, PrivateKey, PublicKey, TunnelConfig
 
 CONFIG = TunnelConfig(
     PrivateKey(bytes(31) + b"\1"),
     IPv6Address("fdaa:0:7::2"),
     (PeerConfig(PublicKey(bytes(31) + b"\2"), (IPv6Network("fdaa:0:7::/48"),), ("127.0.0.1", 9)),),
 )
+
+PIN = b"\xab" * 32
 
 
 def towards(host: str) -> TunnelConfig:
@@ -30,7 +33,7 @@ def towards(host: str) -> TunnelConfig:
     st.builds(
         Choice,
         st.sampled_from(KINDS),
-        st.integers(1, 65535),
+        st.integers(0, 65535),
         st.none() | st.binary(min_size=32, max_size=32),
         st.builds(Outside, st.text(), st.text(), st.lists(st.text()).map(tuple)),
         st.none() | st.just(Path("/a/b")),
@@ -50,6 +53,31 @@ def test_what_is_no_choice_is_an_error(dumped: object) -> None:
 async def test_what_was_asked_for_is_made(kind: str, made: str) -> None:
     _, carrier = await open_carrier(CONFIG, Choice(kind, 4433))
     assert carrier.route().kind == made
+    carrier.close()
+
+
+@pytest.mark.parametrize(
+    ("choice", "told", "gate"),
+    [
+        (Choice(WEBSOCKET), None, Gate("gw", 443)),
+        (Choice(WEBSOCKET), Door(4433, PIN), Gate("gw", 4433, PIN)),
+        (Choice(WEBSOCKET, 1), Door(4433, PIN), Gate("gw", 1)),
+        (Choice(WEBSOCKET, 1, bytes(32)), Door(4433, PIN), Gate("gw", 1, bytes(32))),
+        (Choice(WEBSOCKET, pin=bytes(32)), Door(4433, PIN), Gate("gw", 4433, bytes(32))),
+        (Choice(WEBSOCKET, pin=bytes(32)), None, Gate("gw", 443, bytes(32))),
+    ],
+)
+def test_what_was_said_here_counts_more_than_what_the_platform_says(
+    choice: Choice, told: Door | None, gate: Gate
+) -> None:
+    assert choice.gate("gw", told) == gate
+
+
+async def test_where_the_platform_says_is_called() -> None:
+    (peer,) = CONFIG.peers
+    told = replace(CONFIG, peers=(replace(peer, door=Door(4433, PIN)),))
+    _, carrier = await open_carrier(told, Choice(WEBSOCKET))
+    assert carrier.route().endpoint == "wss://127.0.0.1:4433"
     carrier.close()
 
 

@@ -14,14 +14,17 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import NameOID
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from builder_orch.tunnel.carrier.proxy import Outside, ProxyRefused
-from builder_orch.tunnel.carrier.websocket import Gate
+from builder_orch.tunnel.carrier.proxy import Outside, ProxyRefused, reach
+from builder_orch.tunnel.carrier.websocket import Gate, unverified
 from builder_orch.tunnel.machine import Datagrams
 from tests.tunnel.carrier.gate import (
     Heard,
     Proxy,
     Received,
+    Socks,
     calling,
     certificate_in,
     gate,
@@ -258,6 +261,93 @@ async def test_a_proxy_behind_tls_is_verified_with_the_extra_certificates(tmp_pa
             assert heard.messages[1][1] == b"\0\0\0\7through"
 
 
+@pytest.mark.usefixtures("as_if_far")
+@pytest.mark.parametrize("kind", ["socks5", "socks5h"])
+@pytest.mark.parametrize("login", ["", "user:p%40ss@"])
+async def test_a_socks_proxy_is_asked_to_connect(tmp_path: Path, kind: str, login: str) -> None:
+    heard, received = Heard(), Received()
+    proxy = Socks(credentials="user:p@ss" if login else "")
+    async with gate(certificate_in(tmp_path), heard) as target, proxy.running() as address:
+        outside = Outside(f"{kind}://{login}{address}")
+        async with calling(target, received, outside=outside) as carrier:
+            carrier.send(datagrams(b"through"))
+            await heard.until(2)
+            assert heard.messages[1][1] == b"\0\0\0\7through"
+            await heard.sockets[0].send_frame(b"\0\0\0\4back", WSMsgType.TEXT)
+            await received.until(lambda: received.datagrams == [b"back"])
+            assert received.sources == {carrier.source}
+        assert proxy.asked == [f"127.0.0.1 {target.port}"]
+
+
+@pytest.mark.usefixtures("as_if_far")
+async def test_who_looks_names_up_is_said_by_the_kind_of_socks(tmp_path: Path) -> None:
+    heard, received = Heard(), Received()
+    proxy = Socks()
+    async with gate(certificate_in(tmp_path), heard) as target, proxy.running() as address:
+        for kind, name in (("socks5h", "gateway.invalid"), ("socks5", "localhost")):
+            named = Gate(name, target.port)
+            async with calling(named, received, outside=Outside(f"{kind}://{address}")) as carrier:
+                carrier.open()
+                await heard.until(len(proxy.asked) + 1)
+        assert proxy.asked[0] == f"gateway.invalid {target.port}"
+        assert proxy.asked[1] in {f"127.0.0.1 {target.port}", f"::1 {target.port}"}
+        unknown = Gate("gateway.invalid", target.port)
+        outside = Outside(f"socks5://{address}")
+        async with calling(unknown, received, outside=outside, pause=Pauses(received)) as carrier:
+            carrier.open()
+            await received.until(lambda: bool(carrier.trouble))
+            assert "socks5h lets the proxy do it" in carrier.trouble
+
+
+@pytest.mark.usefixtures("as_if_far")
+@pytest.mark.parametrize(
+    ("proxy", "login", "why"),
+    [
+        (Socks(credentials="user:other"), "user:secret@", "authentication failure"),
+        (Socks(credentials="user:other"), "", "No acceptable authentication methods"),
+        (Socks(reply=2), "user:secret@", "refused (Connection not allowed by ruleset)"),
+        (Socks(reply=5), "user:secret@", "refused (Connection refused by destination host)"),
+        (Socks(answer=b""), "user:secret@", "closed unexpectedly"),
+        (Socks(answer=b"HTTP/1.1 400 Bad Request\r\n\r\n"), "user:secret@", "version number: 72"),
+        (Socks(), "user:%C3%A9secret@", "ASCII, 255 characters"),
+        (Socks(), f"user:{'secret' * 50}@", "ASCII, 255 characters"),
+    ],
+)
+async def test_a_socks_proxy_that_does_not_is_named_in_one_line(
+    proxy: Socks, login: str, why: str
+) -> None:
+    received = Received()
+    async with proxy.running() as address:
+        outside = Outside(f"socks5://{login}{address}")
+        target = Gate("127.0.0.1", 443)
+        async with calling(target, received, outside=outside, pause=Pauses(received)) as carrier:
+            carrier.open()
+            await received.until(lambda: bool(carrier.trouble))
+            assert why in carrier.trouble
+            assert f"the proxy {address}" in carrier.trouble
+            assert "secret" not in carrier.waiting(1)
+            assert "\n" not in carrier.trouble
+
+
+@given(
+    st.binary(max_size=40)
+    | st.tuples(st.sampled_from([b"\5\0", b"\5\2\1\0", b"\5\0\5\0\0\1"]), st.binary()).map(b"".join)
+)
+@settings(max_examples=60, deadline=None)
+def test_whatever_a_socks_proxy_says_only_an_oserror_comes_of_it(said: bytes) -> None:
+    async def attend(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(said)
+        writer.write_eof()
+
+    async def main() -> None:
+        async with serving(attend) as port:
+            outside = Outside(f"socks5h://user:secret@127.0.0.1:{port}")
+            with pytest.raises(OSError, match=r"^(?!.*secret)"):
+                await reach("192.0.2.1", 443, unverified(), outside, asyncio.Protocol)
+
+    asyncio.run(main())
+
+
 def _certificate_for_loopback(path: Path) -> Path:
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "a proxy")])
@@ -310,7 +400,7 @@ def test_variables_name_the_proxy_and_its_exceptions() -> None:
     assert "secret" not in repr(Outside("http://user:secret@p"))
 
 
-@pytest.mark.parametrize("text", ["socks5://p:1", "http://", "http://p:none"])
+@pytest.mark.parametrize("text", ["socks4://p:1", "ftp://p", "http://", "http://p:none"])
 def test_a_proxy_of_another_kind_is_said_to_be_unsupported(text: str) -> None:
     with pytest.raises(ProxyRefused, match="prox"):
         Outside(text).proxy_for("192.0.2.1", 443)
