@@ -85,7 +85,7 @@ class Daemon:
         except (OSError, ValueError) as error:
             why = getattr(error, "strerror", None) or str(error) or "no answer in time"
             raise BuilderLost(
-                f"no connection to the buildkitd at {self.address} for {doing}: {why}",
+                f"no connection to the buildkitd at {self.address}: {why} ({doing})",
                 hint="Check --buildkit-host, and whether the daemon runs there.",
             ) from None
 

@@ -396,4 +396,8 @@ def _step(step: Step | None, dockerfile: Dockerfile | None = None) -> str:
 def _dockerfile_hint(said: str) -> str:
     if "buildkit" in said.lower():
         return "This builder has the classic engine only: write the step without BuildKit's syntax."
-    return "Correct the Dockerfile at the line named above."
+    if "target" in said.lower():
+        return "Name one of its stages with --target."
+    if re.search(r"line \d|:\d", said):
+        return "Correct the Dockerfile at the line named above."
+    return "Correct the Dockerfile."

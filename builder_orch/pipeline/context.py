@@ -228,10 +228,11 @@ def _text(path: Path, what: str) -> str:
 
 
 def _shown(path: Path, root: Path) -> str:
-    try:
-        return path.relative_to(root).as_posix()
-    except ValueError:
-        return str(path)
+    # fly.toml's is absolute, the context often is not.
+    for top in (root, root.resolve()):
+        if path.is_relative_to(top):
+            return path.relative_to(top).as_posix()
+    return str(path)
 
 
 def _check_sources(root: Path, dockerfile: Dockerfile, target: str, ignore: Ignore) -> None:

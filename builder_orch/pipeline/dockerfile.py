@@ -103,7 +103,8 @@ class Dockerfile:
         if not target:
             return self.stages
         for number, stage in enumerate(self.stages):
-            if target.lower() == stage.name.lower() or target == str(number):
+            # By its name only: no builder takes the number of a stage for a target.
+            if target.lower() == stage.name.lower():
                 return self.stages[: number + 1]
         names = ", ".join(stage.name for stage in self.stages if stage.name) or "none has a name"
         raise DockerfileInvalid(
@@ -226,7 +227,8 @@ def _stage(path: str, first: Instruction, steps: list[Instruction]) -> Stage:
 
 def _unknown(path: str, step: Instruction) -> DockerfileInvalid:
     close = get_close_matches(step.name, sorted(INSTRUCTIONS), n=1)
-    hint = f"Did you mean {close[0]}?" if close else "Check the line for a missing backslash."
+    other = "Correct it, or end the line above with a backslash if this one goes on from there."
+    hint = f"Did you mean {close[0]}?" if close else other
     return DockerfileInvalid(f"{path}:{step.line}: unknown instruction {step.name[:40]}", hint=hint)
 
 

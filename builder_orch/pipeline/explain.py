@@ -151,6 +151,9 @@ def _cause(
         return "the last good build was by another builder", ()
     before = was.get(first.number)
     if before is not None and before != first.text:
+        # BuildKit writes the values of arguments into a step's name.
+        if difference.arguments and instruction(first.text).name == "RUN":
+            return f"{_arguments(difference)}, or the Dockerfile: it had {before} there", ()
         return f"the Dockerfile had {before} there", ()
     # The step itself first; then those before it, which may be cached although what they take has
     # changed, as another stage has just made the same.
@@ -162,8 +165,12 @@ def _cause(
     if before is None:
         return "the last good build had no such step", ()
     if difference.arguments and instruction(first.text).name == "RUN":
-        return f"build arguments changed ({', '.join(sorted(difference.arguments))})", ()
+        return _arguments(difference), ()
     return "what it begins with is another image, or the builder forgot it", ()
+
+
+def _arguments(difference: Difference) -> str:
+    return f"build arguments changed ({', '.join(sorted(difference.arguments))})"
 
 
 def _inherited(

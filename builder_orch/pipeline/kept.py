@@ -242,5 +242,5 @@ def next_name(name: str) -> str:
 
 def exported(config: TunnelConfig) -> str:
     """wg-quick text for another program, with a keepalive for the translators before it."""
-    peers = tuple(replace(peer, keepalive_s=KEEPALIVE_S) for peer in config.peers)
+    peers = tuple(replace(peer, keepalive_s=KEEPALIVE_S, door=None) for peer in config.peers)
     return replace(config, peers=peers).dump()

@@ -14,6 +14,7 @@ from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt
 from builder_orch.api.models import App, Builder
 from builder_orch.errors import (
     BuilderLost,
+    BuilderNotProvisioned,
     BuilderOrchError,
     BuildStalled,
     BuildTimedOut,
@@ -34,6 +35,8 @@ from builder_orch.pipeline.outside import Tunnel, World
 from builder_orch.pipeline.provision import Provision
 from builder_orch.pipeline.stage import perform
 
+ASKED_AGAIN = (0.05, 0.15, 0.8)
+"""The shares of the time for a return after which the platform is asked for the builder again."""
 RETURNS = 2
 """How often a run goes back to a builder that was lost, or to the one in its place."""
 
@@ -148,6 +151,7 @@ class GoBack:
 
     world: World
     tunnel: Tunnel
+    limit_s: float
     name: ClassVar[str] = "tunnel"
 
     async def run(self, given: Builder, emit: Emit) -> Back:
@@ -162,7 +166,7 @@ class GoBack:
         engine = await wait_for_engine(
             Engine(given.address, self.tunnel.dial, pause=self.world.pause, emit=emit),
             report,
-            limit_s=self.world.limits.return_s,
+            limit_s=self.limit_s,
         )
         return Back(engine, given)
 
@@ -178,7 +182,20 @@ class Return:
     emit: Emit
 
     async def find(self) -> Engine:
-        """An engine that answers; raises what asking for a builder and its engine can."""
+        """An engine that answers; raises what asking for a builder and its engine can.
+
+        A platform that was asked in the moment of the loss may not have noticed it yet, so it is
+        asked again when the engine does not answer soon.
+        """
+        *soon, last = ASKED_AGAIN
+        for share in soon:
+            try:
+                return await self._ask(share * self.world.limits.return_s)
+            except BuilderNotProvisioned:
+                continue
+        return await self._ask(last * self.world.limits.return_s)
+
+    async def _ask(self, limit_s: float) -> Engine:
         limits = self.world.limits
         provision = Provision(self.world.platform, limits.provision_s)
         ready = await perform(provision, self.app, self.emit, limit_s=limits.provision_s)
@@ -186,8 +203,8 @@ class Return:
             said = f"{ready.builder.machine_id} takes the place of {self.builder.machine_id}"
             self.emit(Warned("builder-replaced", f"machine {said}; its cache may be cold"))
         self.builder = ready.builder
-        going = GoBack(self.world, self.tunnel)
-        return (await perform(going, self.builder, self.emit, limit_s=limits.return_s)).engine
+        going = GoBack(self.world, self.tunnel, limit_s)
+        return (await perform(going, self.builder, self.emit, limit_s=limit_s)).engine
 
 
 async def persist(

@@ -57,10 +57,13 @@ async def engine_here(host: str) -> Engine:
 
     engine = Engine(IPv6Address("::1"), dial)
     try:
+        # First by itself: what says why there is no connection is about this machine's engine.
+        (await dial("", 0)).close()
         return replace(engine, version=await engine.api_version())
-    except (BuilderOrchError, Refused, ValueError) as error:
+    except (BuilderOrchError, Refused, ValueError, OSError) as error:
+        why = getattr(error, "strerror", None) or str(error)
         raise UsageFailure(
-            f"no Docker engine on this machine to load the image into ({host or HERE}): {error}",
+            f"no Docker engine on this machine to load the image into ({host or HERE}): {why}",
             hint="Start it, or name it in DOCKER_HOST; --dest type=docker,dest=FILE needs none.",
         ) from None
 

@@ -184,8 +184,8 @@ def judge(signs: Sequence[Sign], evidence: Evidence, limit_s: float, said: str =
     if websocket is not None and websocket.state == OPEN:
         return PeerNotInstalled(
             f"the gateway is reached ({where}) but does not know this peer {within}; {evidence}",
-            hint="Give it more time with --tunnel-timeout: a new peer may take 95 s. If that does not "
-            "help, the gateway has another key than the platform says.",
+            hint="Give it more time with --tunnel-timeout: a new peer may take 95 s. If that does "
+            "not help, the gateway has another key than the platform says.",
         )
     states = {sign.state for sign in (udp, websocket) if sign is not None}
     if states == {REFUSED}:

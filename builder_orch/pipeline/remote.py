@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import IO, Final, NoReturn
 
 from aiohttp import (
+    ClientConnectorCertificateError,
+    ClientConnectorError,
     ClientError,
     ClientResponse,
     ClientSession,
@@ -25,8 +27,10 @@ from aiohttp import (
 from yarl import URL
 
 from builder_orch import __version__
+from builder_orch.api.failures import unconnected
+from builder_orch.api.models import printable
 from builder_orch.errors import ContextRefused, UsageFailure
-from builder_orch.tunnel.carrier.proxy import Outside
+from builder_orch.tunnel.carrier.proxy import HTTP, HTTPS, Outside, ProxyRefused
 
 REDIRECTS: Final = 5
 DOCKERFILE_OCTETS: Final = 1 << 20
@@ -113,18 +117,25 @@ async def fetch(text: str, into: Path, limits: Limits, variables: Mapping[str, s
             _refuse(text, f"more than {limits.redirects} redirects")
     except TimeoutError:
         _refuse(text, f"it took longer than {limits.total_s:g} s, or stood still")
+    except ProxyRefused as refused:
+        _refuse(text, str(refused))
+    except ClientConnectorCertificateError as error:
+        _refuse(text, f"the server's certificate: {printable(str(error.certificate_error))}")
+    except ClientConnectorError as error:
+        _refuse(text, unconnected(error))
     except (ClientError, OSError) as error:
-        _refuse(text, f"{type(error).__name__}: {getattr(error, 'strerror', None) or 'no answer'}")
+        _refuse(text, f"{getattr(error, 'strerror', None) or 'the connection broke'}")
 
 
 def _proxy(outside: Outside, url: URL) -> tuple[str | None, dict[str, str] | None]:
     proxy = outside.proxy_for(url.host or "", url.port or 443)
     if proxy is None:
         return None, None
-    user, _, password = proxy.credentials.partition(":")
+    if proxy.kind not in {HTTP, HTTPS}:
+        raise ProxyRefused(f"files are not fetched through a {proxy.kind} proxy")
     # aiohttp sends it to the proxy under the name that a proxy expects, and to nobody else.
-    headers = {"Authorization": encode_basic_auth(user, password)} if user else None
-    return f"{'https' if proxy.secure else 'http'}://{proxy}", headers
+    login = encode_basic_auth(proxy.user, proxy.password) if proxy.user else ""
+    return f"{proxy.kind}://{proxy}", {"Authorization": login} if login else None
 
 
 def _next(url: URL, response: ClientResponse, text: str) -> URL:

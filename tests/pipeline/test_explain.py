@@ -105,6 +105,8 @@ def test_a_stage_that_begins_with_a_broken_one_says_so() -> None:
         (run(ran(2, "RUN make all", stage="mid", took=1)), "the Dockerfile had RUN make there"),
         (run(ran(3, "RUN more", stage="mid", took=1)), "the last good build had no such step"),
         (run(ran(2, "RUN make", stage="mid", took=1), A="2"), "build arguments changed (A)"),
+        (run(ran(2, "RUN make 2", stage="mid", took=1), A="2"),
+         "build arguments changed (A), or the Dockerfile: it had RUN make there"),
         (run(ran(2, "RUN make", stage="mid", took=1), builder="c"),
          "the last good build was by another builder"),
         (run(ran(2, "RUN make", stage="mid", took=1)),

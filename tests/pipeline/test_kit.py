@@ -150,6 +150,27 @@ async def test_a_failure_is_told_in_its_own_words(
     assert caught.value.hint
 
 
+@pytest.mark.parametrize(
+    ("error", "hint"),
+    [
+        ("target stage two could not be found", "--target"),
+        ("dockerfile parse error line 2: unknown instruction: X", "at the line named above"),
+        ("the Dockerfile (D) cannot be empty", "Correct the Dockerfile."),
+    ],
+)
+async def test_what_to_do_about_a_dockerfile_names_no_line_where_none_is_known(
+    fake: FakeEngine, daemon: FakeDaemon, root: Path, error: str, hint: str
+) -> None:
+    async def script(session: Session, daemon: FakeDaemon) -> None:
+        raise Failed(Code.UNKNOWN, error)
+
+    daemon.script = script
+    with pytest.raises(DockerfileInvalid) as caught:
+        await build(fake, root)
+    assert hint in caught.value.hint
+    assert ("line" in caught.value.hint) == ("line" in error)
+
+
 async def test_a_session_that_the_engine_lost_is_replaced_once(
     fake: FakeEngine, daemon: FakeDaemon, root: Path
 ) -> None:

@@ -308,6 +308,18 @@ def test_sources_that_are_there_pass(root: Path) -> None:
     assert "a/kept" in members(scanned(root))
 
 
+def test_a_dockerfile_of_the_context_is_called_as_it_is_called_there(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = write(root, "sub/Dockerfile", "FROM scratch\n")
+    outside = tmp_path / "Dockerfile"
+    outside.write_text("FROM scratch\n")
+    monkeypatch.chdir(root)
+    for top in (root, Path(), Path("sub/..")):
+        assert scanned(top, dockerfile=other).dockerfile.path == "sub/Dockerfile"
+        assert scanned(top, dockerfile=outside).dockerfile.path == str(outside)
+
+
 def test_paths_that_are_none_are_usage_errors(root: Path) -> None:
     with pytest.raises(UsageFailure, match="is not a directory"):
         scanned(root / "gone")

@@ -79,6 +79,11 @@ async def test_a_proxy_gets_its_own_credentials_and_the_file_none_of_them(tmp_pa
     assert heard == [("http://files.test/D", BASIC, None)]
 
 
+async def test_a_proxy_of_another_kind_is_refused_with_its_reason(tmp_path: Path) -> None:
+    with pytest.raises(ContextRefused, match="not fetched through a socks5h proxy"):
+        await got("http://files.test/D", tmp_path, ALL_PROXY="socks5h://me:planted@p.test")
+
+
 async def large(request: web.Request) -> web.StreamResponse:
     return web.Response(body=bytes(1001))
 
@@ -137,7 +142,8 @@ async def test_what_goes_too_far_is_refused_and_says_nothing_secret(
 async def test_nobody_there_is_a_failure_with_a_reason(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as sock:
         port = sock.getsockname()[1]
-    with pytest.raises(ContextRefused, match="was not fetched"):
+    why = rf"was not fetched: no connection to 127\.0\.0\.1:{port}: Connection refused$"
+    with pytest.raises(ContextRefused, match=why):
         await got(f"http://127.0.0.1:{port}/", tmp_path)
 
 
