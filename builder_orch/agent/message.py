@@ -179,6 +179,6 @@ def _choice(dumped: object) -> Choice:
         choice = Choice.load(dumped)
     except ValueError:
         raise Malformed("no choice of a carrier") from None
-    if choice.kind not in KINDS or not 0 < choice.port <= 65535:
+    if choice.kind not in KINDS or not 0 <= choice.port <= 65535:
         raise Malformed("no choice of a carrier")
     return choice

@@ -3,9 +3,7 @@
 import asyncio
 import signal
 import sys
-import time
 from collections.abc import Callable
-from secrets import token_hex
 from typing import Any
 
 import click
@@ -13,13 +11,13 @@ import click
 from builder_orch.agent.call import Gone, end_agent, greet
 from builder_orch.agent.place import Place
 from builder_orch.agent.spawn import COMMAND, ensure_agent
+from builder_orch.cli.answer import Facts, tell
+from builder_orch.cli.form import output_option
 from builder_orch.cli.options import Duration
-from builder_orch.cli.render import Renderer
-from builder_orch.errors import BuilderOrchError, Exit
-from builder_orch.events import Emit, Finished, PhaseReason
+from builder_orch.errors import Exit
+from builder_orch.events import Emit, PhaseReason
 from builder_orch.settings import Environment
 
-Facts = dict[str, object]
 IDLE_S = 900.0
 
 
@@ -29,14 +27,7 @@ def own_place() -> Place:
 
 
 def _common(command: Callable[..., None]) -> Callable[..., None]:
-    output = click.option(
-        "--output",
-        type=click.Choice(["text", "json", "ndjson"]),
-        default="text",
-        envvar="FLY_BUILD_OUTPUT",
-        help="Form of the answer.",
-    )
-    return output(click.pass_context(command))
+    return output_option(click.pass_context(command))
 
 
 _idle = click.option(
@@ -53,20 +44,15 @@ _now = click.option(
 
 
 def _tell(context: click.Context, output: str, name: str, work: Callable[[Emit], Facts]) -> None:
-    """Do the work of one command and print what came of it; `exit_code` in it is the command's."""
-    renderer = Renderer(output, token_hex(8), sys.stdout, sys.stderr)
-    renderer.start(f"agent {name}")
-    began = time.monotonic()
-    try:
-        facts = work(renderer)
-    except BuilderOrchError as error:
-        renderer(Finished(False, int(error.code), time.monotonic() - began, error=error))
-        context.exit(int(error.code))
-    code = Exit.OK if facts["state"] != "stopped" or name == "stop" else Exit.UNCLASSIFIED
-    lines = facts.pop("lines", None) or [_line(facts)]
-    values = {**facts, "lines": lines}
-    renderer(Finished(True, int(code), time.monotonic() - began, values))
-    context.exit(int(code))
+    """Do the work of one command and print what came of it; without an agent the exit code is 1."""
+
+    def told(emit: Emit) -> Facts:
+        facts = work(emit)
+        none = facts["state"] == "stopped" and name != "stop"
+        code = Exit.UNCLASSIFIED if none else Exit.OK
+        return {"lines": [_line(facts)], **facts, "exit_code": code}
+
+    context.exit(tell(output, f"agent {name}", told))
 
 
 @click.group()
@@ -82,7 +68,10 @@ def agent() -> None:
 @_idle
 @_common
 def run(context: click.Context, idle: float, output: str) -> None:
-    """Be the agent, here, until it is idle, told to stop or interrupted; the log is on stderr."""
+    """Be the agent, here, with the log on stderr.
+
+    Until it is idle, told to stop or interrupted.
+    """
 
     def work(_: Emit) -> Facts:
         be_agent(own_place(), idle)
@@ -155,7 +144,10 @@ def _stop(now: bool) -> Facts:
 @_idle
 @_common
 def restart(context: click.Context, idle: float, now: bool, output: str) -> None:
-    """Start a new agent; the one that runs ends when its last connection has ended."""
+    """Start a new agent in place of the one that runs.
+
+    That one ends when its last connection has ended.
+    """
 
     def work(emit: Emit) -> Facts:
         before = _stop(now)
@@ -167,7 +159,10 @@ def restart(context: click.Context, idle: float, now: bool, output: str) -> None
 @agent.command()
 @_common
 def status(context: click.Context, output: str) -> None:
-    """Show whether an agent runs and what it holds; exit code 1 when none does."""
+    """Show whether an agent runs and what it holds.
+
+    The exit code is 1 when none does.
+    """
     _tell(context, output, "status", lambda _: _status(own_place()))
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import click
 
+from builder_orch.cli.answer import AGAIN
 from builder_orch.cli.contexts import USUAL_NAME, Contexts
 from builder_orch.cli.deploy import Stop, interrupted, limited, open_world
 from builder_orch.cli.options import Flags
@@ -86,9 +87,10 @@ def connect_command(
     use: bool,
     **given: Any,  # noqa: ANN401 - click's own types
 ) -> None:
-    """Lead Docker's own clients to the builder, until Ctrl-C or until COMMAND has ended.
+    """Lead Docker's own clients to the builder.
 
-    COMMAND is run with DOCKER_HOST set, and its exit code is ours.
+    Until Ctrl-C, or until COMMAND has ended: it is run with DOCKER_HOST set, and its exit code is
+    ours.
     """
     ctx.exit(run(Connecting(port, context, use, command, Flags(Path(), **given))))
 
@@ -101,7 +103,7 @@ def run(asked: Connecting) -> int:
     try:
         code = _run(asked, renderer)
     except (BuilderOrchError, KeyboardInterrupt) as error:
-        failure = error if isinstance(error, BuilderOrchError) else interrupted()
+        failure = error if isinstance(error, BuilderOrchError) else interrupted(AGAIN)
         elapsed_s = time.monotonic() - began
         renderer(Finished(False, int(failure.code), elapsed_s, error=failure))
         return int(failure.code)
@@ -141,7 +143,7 @@ async def _connected(
     emit: Emit,
 ) -> int:
     up = False
-    with Stop.listening(emit) as stop:
+    with Stop.listening(emit, AGAIN) as stop:
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, stop, signal.SIGTERM)
         try:
             async with AsyncExitStack() as stack:

@@ -49,6 +49,8 @@ from builder_orch.pipeline.output import IMAGE, Form, Output
 from builder_orch.pipeline.outside import World
 from builder_orch.settings import Environment, PlatformSettings, Project, find_project
 
+AGAIN = "Run the command again; what was built so far is cached."
+
 
 @click.command()
 @build_only_flag
@@ -106,6 +108,9 @@ def _run(flags: Flags, release: bool, emit: Emit) -> Deployed:
 
 
 def _with_files(flags: Flags, release: bool, environment: Environment, emit: Emit) -> Deployed:
+    if not flags.path.is_dir():
+        # Before what is looked for in it is missed.
+        raise UsageFailure(f"{flags.path} is not a directory", hint="Name the directory to build.")
     project = find_project(flags.path, flags.config)
     wanted = order(flags, project, environment, release=release)
     if flags.buildkit_host:
@@ -226,14 +231,14 @@ async def open_world(chosen: PlatformSettings, emit: Emit, flags: Flags) -> Asyn
     from builder_orch.api.models import Secret
     from builder_orch.cli.shared import SharedPeers, reaching
     from builder_orch.pipeline.engine import Login
-    from builder_orch.tunnel.carrier.choice import WEBSOCKET_PORT, Choice
+    from builder_orch.tunnel.carrier.choice import Choice
     from builder_orch.tunnel.carrier.proxy import Outside
 
     token = Secret(chosen.token)
     environment = Environment.current()
     choice = Choice(
         flags.carrier,
-        chosen.websocket_port or WEBSOCKET_PORT,
+        chosen.websocket_port,
         bytes.fromhex(chosen.websocket_pin) or None,
         Outside.of(environment.variables),
         environment.state_folder().parent / "carriers.json",
@@ -350,16 +355,18 @@ class Stop:
 
     task: asyncio.Task[object]
     emit: Emit
+    hint: str
     began: float = field(default_factory=time.monotonic)
     received: signal.Signals | None = None
 
     @classmethod
     @contextmanager
-    def listening(cls, emit: Emit) -> Iterator["Stop"]:
-        """For the task that runs now; outside the block signals do what they did."""
+    def listening(cls, emit: Emit, hint: str = AGAIN) -> Iterator["Stop"]:
+        """For the task that runs now; outside the block signals do what they did. `hint` is what
+        an interrupted user may do next."""
         task = asyncio.current_task()
         assert task is not None
-        stop = cls(task, emit)
+        stop = cls(task, emit, hint)
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, stop, number)
@@ -387,16 +394,15 @@ class Stop:
     def failure(self) -> BuilderOrchError:
         """What the run ends with."""
         if self.received is signal.SIGTERM:
-            return Terminated("terminated; what had begun was ended", hint=_AGAIN)
-        return interrupted()
+            return Terminated("terminated; what had begun was ended", hint=self.hint)
+        return interrupted(self.hint)
 
 
-def interrupted() -> Interrupted:
+def interrupted(hint: str = AGAIN) -> Interrupted:
     """What Ctrl-C is to a user."""
-    return Interrupted("interrupted; what had begun was ended", hint=_AGAIN)
+    return Interrupted("interrupted; what had begun was ended", hint=hint)
 
 
-_AGAIN = "Run the command again; what was built so far is cached."
 _LEFT = "Run the command again; the platform lets go of what nobody asks for any more."
 
 

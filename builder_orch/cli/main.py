@@ -99,25 +99,19 @@ def fly_build() -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code; failures with a hint become a card on stderr.
+    """Run one command and return its exit code; what failed is told in the form that was asked for.
 
     Anything else that comes out is a defect of this program and keeps its traceback.
     """
+    words = sys.argv[1:] if arguments is None else list(arguments)
     try:
         code = fly_build.main(
-            args=None if arguments is None else list(arguments),
+            args=words,
             prog_name="fly-build",
             standalone_mode=False,
         )
-    except click.ClickException as error:
-        error.show()
-        return int(Exit.USAGE)
-    except BuilderOrchError as error:
-        show_error(error)
-        return int(error.code)
-    except (KeyboardInterrupt, click.Abort):
-        click.echo("interrupted", err=True)
-        return int(Exit.INTERRUPTED)
+    except (click.ClickException, BuilderOrchError, KeyboardInterrupt, click.Abort) as error:
+        return told(error, words)
     except BrokenPipeError:
         # The reader of our output left. Python would complain once more when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -125,12 +119,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return code if isinstance(code, int) else int(Exit.OK)
 
 
-def show_error(error: BuilderOrchError) -> None:
-    """What failed, whose fault it is, what to do next."""
-    from builder_orch.cli.render import card
+def told(
+    error: click.ClickException | BuilderOrchError | KeyboardInterrupt | click.Abort,
+    words: Sequence[str],
+) -> int:
+    """Say why a command ended that has not said so itself; the exit code."""
+    from builder_orch.cli.answer import interrupted, misused, show
+    from builder_orch.cli.form import wished
+    from builder_orch.settings import Environment
 
-    for line in card(error):
-        click.echo(line, err=True)
+    output = wished(words, Environment.current().variables)
+    match error:
+        case click.exceptions.NoArgsIsHelpError() if output == "text":
+            error.show()
+            return int(Exit.USAGE)
+        case click.ClickException():
+            return show(misused(error), output)
+        case BuilderOrchError():
+            return show(error, output)
+        case _ if output == "text":
+            click.echo("interrupted", err=True)
+            return int(Exit.INTERRUPTED)
+        case _:
+            return show(interrupted(), output)
 
 
 def run() -> None:

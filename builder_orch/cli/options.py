@@ -9,9 +9,9 @@ from typing import Any
 
 import click
 
+from builder_orch.cli.form import OUTPUTS
 from builder_orch.cli.progress import MODES
 
-OUTPUTS = ("text", "json", "ndjson")
 BUILDERS = ("auto", "buildkit", "classic")
 CARRIERS = ("auto", "udp", "websocket")
 AGENT_MODES = ("auto", "on", "off")
@@ -205,7 +205,14 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
 
 _OPTIONS = (
     click.argument("path", default="."),
-    _option("--app", "-a", type=APP, default="", help="The app; else FLY_APP, else fly.toml's."),
+    _option(
+        "--app",
+        "-a",
+        type=APP,
+        default="",
+        metavar="NAME",
+        help="The app; else FLY_APP, else fly.toml's.",
+    ),
     _option("--org", "-o", default=None, help="The organization of an app that is created."),
     _option("--config", "-c", type=_FILE, help="The fly.toml; else found from PATH upward."),
     _option("--dockerfile", "--file", "-f", help="The Dockerfile: a file, - for stdin or a URL."),
@@ -242,7 +249,13 @@ _OPTIONS = (
     _option("--network", default="", help="The network of RUN: default, none or host."),
     _option("--add-host", type=Host(), multiple=True, help="NAME:ADDRESS for RUN; many times."),
     _option("--label", type=Pair(), multiple=True, help="A label in the image; many times."),
-    _option("--image-label", type=LABEL, default="", help="The image's tag; else one of its own."),
+    _option(
+        "--image-label",
+        type=LABEL,
+        default="",
+        metavar="TAG",
+        help="The image's tag; else one of its own.",
+    ),
     _option("--create-app", is_flag=True, help="Create the app if the platform has none."),
     _option("--push/--no-push", default=None, help="Push the image to the registry."),
     _option("--api-url", default="", help="The platform's GraphQL endpoint."),

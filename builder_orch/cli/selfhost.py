@@ -5,7 +5,7 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Iterator, MutableMapping, Sequence
 from contextlib import suppress
 from io import TextIOWrapper
 from pathlib import Path
@@ -13,9 +13,12 @@ from typing import TextIO
 
 import click
 
+from builder_orch.cli.answer import Facts, tell
+from builder_orch.cli.form import output_option
 from builder_orch.cli.options import Duration
 from builder_orch.cli.text import plain
 from builder_orch.errors import BuilderOrchError, Exit, UsageFailure
+from builder_orch.events import Emit, PhaseReason
 from builder_orch.selfhost.home import Home
 from builder_orch.selfhost.launch import (
     FOREGROUND,
@@ -58,11 +61,6 @@ def last_lines(path: Path, count: int, *, following: bool = False) -> Iterator[s
                 file.seek(0)
 
 
-_output = click.option(
-    "--output", type=click.Choice(["text", "json"]), default="text", help="Form of the answer."
-)
-
-
 @click.group()
 def selfhost() -> None:
     """Run a platform of your own on this machine.
@@ -84,8 +82,16 @@ def selfhost() -> None:
     help="Let the gateway know peers this many seconds later; for demonstrations.",
 )
 @click.option("--report-to", type=int, hidden=True)
+@output_option
+@click.pass_context
 def start(
-    foreground: bool, listen: str, port: int, install_delay: float, report_to: int | None
+    context: click.Context,
+    foreground: bool,
+    listen: str,
+    port: int,
+    install_delay: float,
+    report_to: int | None,
+    output: str,
 ) -> None:
     """Start the platform; in the background unless told otherwise."""
     home = own_home()
@@ -93,8 +99,21 @@ def start(
         run_foreground(home, listen, port, install_delay, report_to)
         return
     words = ["--listen", listen, "--port", str(port), "--install-delay", str(install_delay)]
-    record = ensure_selfhost(home, report=_say_once(), command=(*FOREGROUND, *words), join=False)
-    click.echo(f"the platform is up (pid {record.pid})\n  API:      {record.api_url}")
+    command = (*FOREGROUND, *words)
+    context.exit(tell(output, "selfhost start", lambda emit: _started(home, command, emit)))
+
+
+def _started(home: Home, command: Sequence[str], emit: Emit) -> Facts:
+    said: set[str] = set()
+
+    def report(reason: str) -> None:
+        if reason not in said:
+            said.add(reason)
+            emit(PhaseReason("selfhost", reason))
+
+    record = ensure_selfhost(home, report=report, command=command, join=False)
+    lines = [f"the platform is up (pid {record.pid})", f"  API:      {record.api_url}"]
+    return {"state": "running", "pid": record.pid, "api_url": record.api_url, "lines": lines}
 
 
 def run_foreground(
@@ -165,27 +184,39 @@ def write_log(home: Home, *, attached: bool) -> None:
 @click.option(
     "--started-here", is_flag=True, help="Leave a platform alone that another checkout started."
 )
-def stop(started_here: bool) -> None:
+@output_option
+@click.pass_context
+def stop(context: click.Context, started_here: bool, output: str) -> None:
     """Stop the platform and everything that it started."""
-    home = own_home()
+    context.exit(tell(output, "selfhost stop", lambda _: _stopped(own_home(), started_here)))
+
+
+def _stopped(home: Home, started_here: bool) -> Facts:
     holder = home.holder()
     if holder is not None and started_here and holder.prefix != sys.prefix:
-        click.echo(f"the platform (pid {holder.pid}) was started from {plain(holder.prefix)}; left")
-        return
+        line = f"the platform (pid {holder.pid}) was started from {holder.prefix}; left"
+        return {"state": "running", "pid": holder.pid, "lines": [line]}
     stopped = stop_selfhost(home)
-    click.echo(f"stopped (pid {stopped.pid})" if stopped else "the platform does not run")
+    line = f"stopped (pid {stopped.pid})" if stopped else "the platform does not run"
+    return {"state": "stopped", "pid": stopped.pid if stopped else None, "lines": [line]}
 
 
 @selfhost.command()
-@_output
+@output_option
 @click.pass_context
 def status(context: click.Context, output: str) -> None:
-    """Show whether the platform runs and where; exit code 1 when it does not."""
-    home = own_home()
+    """Show whether the platform runs and where.
+
+    The exit code is 1 when it does not.
+    """
+    context.exit(tell(output, "selfhost status", lambda _: _status(own_home())))
+
+
+def _status(home: Home) -> Facts:
     holder, record = home.holder(), home.record()
     well = record is not None and answers(record)
     state = "running" if well else "stopped" if holder is None else "not answering"
-    facts = {
+    facts: Facts = {
         "state": state,
         "pid": holder.pid if holder else None,
         "api_url": record.api_url if record else None,
@@ -194,14 +225,8 @@ def status(context: click.Context, output: str) -> None:
         "home": str(home.root),
         "log": str(home.log),
     }
-    if output == "json":
-        click.echo(json.dumps(facts))
-    else:
-        for name, value in facts.items():
-            if value is not None:
-                click.echo(f"{name.replace('_', ' ')}: {value}")
-    if not well:
-        context.exit(int(Exit.UNCLASSIFIED))
+    lines = [f"{name.replace('_', ' ')}: {value}" for name, value in facts.items() if value]
+    return {**facts, "lines": lines, "exit_code": Exit.OK if well else Exit.UNCLASSIFIED}
 
 
 @selfhost.command()
@@ -221,12 +246,19 @@ def logs(following: bool, lines: int) -> None:
 @selfhost.command()
 @click.option("--expires", "lifetime_s", type=Duration(), default="1h", show_default=True)
 @click.option("--owner", default="token", help="A name for it in the platform's records.")
-@_output
-def token(lifetime_s: float, owner: str, output: str) -> None:
-    """Make a token for another user or machine and print it; only its hash is kept."""
+@output_option
+@click.pass_context
+def token(context: click.Context, lifetime_s: float, owner: str, output: str) -> None:
+    """Make a token for another user or machine and print it.
+
+    It is shown once: only its hash is kept.
+    """
+    context.exit(tell(output, "selfhost token", lambda _: _token(own_home(), owner, lifetime_s)))
+
+
+def _token(home: Home, owner: str, lifetime_s: float) -> Facts:
     from builder_orch.selfhost.store import Store
 
-    home = own_home()
     if not home.store.exists():
         raise UsageFailure(
             f"there is no platform in {home.root}", hint="start one: fly-build selfhost start"
@@ -236,19 +268,4 @@ def token(lifetime_s: float, owner: str, output: str) -> None:
         made = store.issue_token(owner, lifetime_s=lifetime_s)
     finally:
         store.close()
-    if output == "json":
-        click.echo(json.dumps({"token": made, "expires_in_s": int(lifetime_s)}))
-    else:
-        click.echo(made)
-
-
-def _say_once() -> Callable[[str], None]:
-    """Tell each thing that is waited for once, on stderr."""
-    said: set[str] = set()
-
-    def say(line: str) -> None:
-        if line not in said:
-            said.add(line)
-            click.echo(line, err=True)
-
-    return say
+    return {"token": made, "expires_in_s": int(lifetime_s), "lines": [made]}

@@ -11,8 +11,10 @@ from typing import Any
 
 import click
 
+from builder_orch.cli.answer import AGAIN
 from builder_orch.cli.deploy import Stop, interrupted, limited, open_world, start_selfhost
-from builder_orch.cli.options import APP, CARRIERS, OUTPUTS, Duration, Flags
+from builder_orch.cli.form import output_option
+from builder_orch.cli.options import APP, CARRIERS, Duration, Flags
 from builder_orch.cli.render import Renderer
 from builder_orch.errors import BuilderLost, BuilderOrchError, Exit
 from builder_orch.events import Emit, Finished
@@ -33,11 +35,18 @@ def option(name: str, *more: str, **how: Any) -> Callable[[Any], Any]:  # noqa: 
 
 
 _REACHING = (
-    option("--app", "-a", type=APP, default="", help="The app; else FLY_APP, else fly.toml's."),
+    option(
+        "--app",
+        "-a",
+        type=APP,
+        default="",
+        metavar="NAME",
+        help="The app; else FLY_APP, else fly.toml's.",
+    ),
     option("--api-url", default="", help="The platform's GraphQL endpoint."),
     option("--tunnel-timeout", type=Duration(), default=None, help="For the handshake; else 2m."),
     option("--carrier", type=click.Choice(CARRIERS), default="auto", help="As for a deploy."),
-    option("--output", type=click.Choice(OUTPUTS), default="text", help="What stdout gets."),
+    output_option,
 )
 
 
@@ -79,9 +88,10 @@ def status(ctx: click.Context, /, **given: Any) -> None:  # noqa: ANN401 - click
 @reaching
 @click.pass_context
 def prune(ctx: click.Context, /, images: bool, **given: Any) -> None:  # noqa: ANN401 - click's
-    """Throw away what builds have cached on the builder, and images without a name.
+    """Throw away what builds have cached on the builder.
 
-    The next build of everybody who builds there begins from nothing.
+    Images without a name go as well, and the next build of everybody who builds there begins from
+    nothing.
     """
 
     async def work(engine: Engine) -> Values:
@@ -99,7 +109,7 @@ def at_builder(command: str, flags: Flags, work: Work) -> int:
     try:
         made = _at_builder(flags, work, renderer)
     except (BuilderOrchError, KeyboardInterrupt) as error:
-        failure = error if isinstance(error, BuilderOrchError) else interrupted()
+        failure = error if isinstance(error, BuilderOrchError) else interrupted(AGAIN)
         renderer(Finished(False, int(failure.code), time.monotonic() - began, error=failure))
         return int(failure.code)
     renderer(Finished(True, int(Exit.OK), time.monotonic() - began, made))
@@ -121,7 +131,7 @@ def platform_of(environment: Environment, flags: Flags, emit: Emit) -> PlatformS
 async def _worked(
     app: str, chosen: PlatformSettings, flags: Flags, work: Work, emit: Emit
 ) -> Values:
-    with Stop.listening(emit) as stop:
+    with Stop.listening(emit, AGAIN) as stop:
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, stop, signal.SIGTERM)
         try:
             async with (

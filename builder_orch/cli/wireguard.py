@@ -15,8 +15,10 @@ import click
 from builder_orch.api.client import IDEMPOTENT, IDEMPOTENT_SELFHOST, Platform
 from builder_orch.api.keyring import Entry, Keyring, Purpose
 from builder_orch.api.models import Granted, Organization, Secret
+from builder_orch.cli.answer import AGAIN
 from builder_orch.cli.deploy import Stop, identity, told
-from builder_orch.cli.options import CARRIERS, OUTPUTS, Duration, Flags
+from builder_orch.cli.form import OUTPUTS
+from builder_orch.cli.options import CARRIERS, Duration, Flags
 from builder_orch.errors import BuilderOrchError, PeerUnknown, UsageFailure
 from builder_orch.events import Emit, Warned
 from builder_orch.pipeline.kept import Kept, exported
@@ -26,7 +28,7 @@ from builder_orch.pipeline.probe import GetConfig, Probe, Probed
 from builder_orch.pipeline.roster import Line, survey
 from builder_orch.pipeline.stage import perform
 from builder_orch.settings import Environment, PlatformSettings
-from builder_orch.tunnel.carrier.choice import WEBSOCKET_PORT, Choice
+from builder_orch.tunnel.carrier.choice import Choice
 from builder_orch.tunnel.carrier.proxy import Outside
 from builder_orch.tunnel.config import TunnelConfig
 from builder_orch.tunnel.driver import open_tunnel
@@ -62,7 +64,7 @@ class Desk:
         """How the gateway is reached."""
         return Choice(
             self.flags.carrier,
-            self.chosen.websocket_port or WEBSOCKET_PORT,
+            self.chosen.websocket_port,
             bytes.fromhex(self.chosen.websocket_pin) or None,
             Outside.of(self.environment.variables),
             self.environment.state_folder().parent / "carriers.json",
@@ -131,7 +133,7 @@ def carry_out(flags: Flags, command: str, work: Work) -> int:
 
 
 async def _work(flags: Flags, work: Work, emit: Emit) -> Values:
-    with Stop.listening(emit) as stop:
+    with Stop.listening(emit, AGAIN) as stop:
         try:
             async with _desk(flags, emit) as desk:
                 return await work(desk)
@@ -275,9 +277,10 @@ def create(
 @click.argument("name", required=False)
 @shared
 def reset(flags: Flags, name: str | None) -> int:
-    """Replace a peer by one with a new key; without NAME the only one that is kept here.
+    """Replace a peer by one with a new key.
 
-    The new one has another name, and the old one is removed everywhere.
+    Without NAME the only one that is kept here. The new one has another name, and the old one is
+    removed everywhere.
     """
 
     async def work(desk: Desk) -> Values:
@@ -363,7 +366,7 @@ def status(
     tunnel_timeout: float | None,
     watch_s: float | None,
 ) -> int:
-    """Bring a tunnel up and tell by which carrier, why, and how quickly.
+    """Bring a tunnel up and tell by which carrier and how quickly.
 
     With NAME by that peer, which no other process may use meanwhile; else by a peer of this
     command's own, which is removed again. A peer whose key turns out to be in use on another

@@ -51,7 +51,7 @@ BAD: list[dict[str, Any]] = [
     {"id": 1, "do": "open", "path": "/" + "a" * 5000, "carrier": Choice().dump()},
     {"id": 1, "do": "open", "path": "/a", "carrier": {}},
     {"id": 1, "do": "open", "path": "/a", "carrier": {**Choice().dump(), "kind": "pigeon"}},
-    {"id": 1, "do": "open", "path": "/a", "carrier": {**Choice().dump(), "port": 0}},
+    {"id": 1, "do": "open", "path": "/a", "carrier": {**Choice().dump(), "port": -1}},
     {"id": 1, "do": "open", "path": "/a", "carrier": {**Choice().dump(), "pin": "xy"}},
     {"id": 1, "do": "dial", "host": "x", "port": 0},
     {"id": 1, "do": "dial", "host": "x", "port": 65536},

@@ -16,7 +16,7 @@ from builder_orch.selfhost.api import application
 from builder_orch.selfhost.gateway import Gateway, open_gateway
 from builder_orch.selfhost.serve import sweep
 from builder_orch.selfhost.store import Store
-from builder_orch.tunnel.config import PrivateKey, PublicKey
+from builder_orch.tunnel.config import Door, PrivateKey, PublicKey
 from builder_orch.tunnel.machine import Endpoint
 from tests.api.rig import FakeBuilder, FakeRunner, serving
 
@@ -38,6 +38,10 @@ class Front:
     @property
     def endpoint(self) -> Endpoint:
         return self.elsewhere or self.gateway.endpoint
+
+    @property
+    def websocket(self) -> Door | None:
+        return self.gateway.websocket
 
     async def install(self, public_key: PublicKey, address: IPv6Address) -> None:
         if not self.deaf:

@@ -1,19 +1,23 @@
 """From `--carrier`, the environment and the platform's file to the choice of a carrier."""
 
+import asyncio
 import json
 import os
 from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
 from builder_orch.cli import deploy as command
+from builder_orch.cli.main import fly_build
 from builder_orch.cli.options import CARRIERS, Flags
 from builder_orch.settings import Environment, PlatformSettings
 from builder_orch.tunnel import hosted
 from builder_orch.tunnel.carrier.choice import KINDS, Choice
+from tests.cli.platform_here import platform_here
+from tests.tunnel.carrier.gate import Socks
 
 SETTINGS = PlatformSettings("http://127.0.0.1:1/graphql", "token", "127.0.0.1:2", "a test")
 
@@ -43,9 +47,9 @@ def test_the_flag_knows_every_kind_there_is() -> None:
     assert CARRIERS == KINDS
 
 
-async def test_fly_has_its_door_at_443_and_nothing_is_pinned(chosen: list[Choice]) -> None:
+async def test_where_nothing_is_known_better_it_is_left_to_the_peer(chosen: list[Choice]) -> None:
     made = await choice(SETTINGS, Flags(Path()), chosen)
-    assert (made.kind, made.port, made.pin) == ("auto", 443, None)
+    assert (made.kind, made.port, made.pin) == ("auto", 0, None)
     assert made.memory == Path(os.environ["FLY_BUILD_HOME"]) / "carriers.json"
 
 
@@ -72,7 +76,7 @@ async def test_a_selfhost_platform_says_where_its_door_is(chosen: list[Choice]) 
         "organization": "personal",
     }
     for door, expected in (
-        ({}, (443, None)),
+        ({}, (0, None)),
         ({"websocket_port": 4433, "websocket_pin": "ab" * 32}, (4433, b"\xab" * 32)),
     ):
         (folder / "platform.json").write_text(json.dumps({**record, **door}))
@@ -90,3 +94,31 @@ def test_another_kind_is_wrong_usage(words: list[str], environment: dict[str, st
     result = CliRunner().invoke(command.deploy, words, env=environment)
     assert result.exit_code == 2
     assert "pigeon" in result.output
+
+
+def test_a_socks_proxy_leads_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Loopback is never reached through a proxy; here it is far away.
+    monkeypatch.setattr("builder_orch.tunnel.carrier.proxy._is_local", lambda _: False)
+    proxy, stack = Socks(credentials="user:planted"), AsyncExitStack()
+    with platform_here(tmp_path) as here:
+        opening = stack.enter_async_context(proxy.running())
+        address = asyncio.run_coroutine_threadsafe(opening, here.loop).result(10)
+        words = ["wireguard", "status", "--carrier", "websocket", "--tunnel-timeout", "1.5s"]
+        try:
+            good, bad = (
+                CliRunner().invoke(
+                    fly_build,
+                    words,
+                    env={**here.environment, "ALL_PROXY": f"socks5h://user:{password}@{address}"},
+                )
+                for password in ("planted", "grown")
+            )
+        finally:
+            asyncio.run_coroutine_threadsafe(stack.aclose(), here.loop).result(10)
+        assert good.exit_code == 0, good.output
+        assert f"carrier: websocket wss://127.0.0.1:{here.websocket_port}" in good.stdout
+        assert set(proxy.asked) == {f"127.0.0.1 {here.websocket_port}"}
+    assert bad.exit_code == 11, bad.output
+    assert f"the proxy {address} refused (Username and password authentication" in bad.output
+    assert "planted" not in good.output + bad.output
+    assert "grown" not in bad.output

@@ -230,7 +230,7 @@ def test_a_failure_has_its_exit_code_and_a_card_and_no_traceback(
     root: Path, used: Used, spoil: list[Spoil], change: Spoil, code: Exit, said: str
 ) -> None:
     spoil.append(change)
-    result = run(root)
+    result = run(root, "--tunnel-timeout", "1s")
     assert result.exit_code == code
     assert result.stdout == ""
     for word in ("error: ", said, "cause: ", "next:  ", f"exit code {int(code)}"):
@@ -316,9 +316,10 @@ def test_bad_input_has_its_exit_code_and_provisions_nothing(
 
 
 def test_a_directory_that_is_not_there_is_told(tmp_path: Path) -> None:
-    result = run(tmp_path / "gone", "--app", "hello")
-    assert result.exit_code == 2
-    assert "is not a directory" in result.stderr
+    for words in ([], ["--app", "hello"]):
+        result = run(tmp_path / "gone", *words)
+        assert result.exit_code == 2
+        assert "is not a directory" in result.stderr
 
 
 def test_without_a_token_nobody_is_asked(root: Path, used: Used) -> None:

@@ -73,9 +73,12 @@ def test_start_status_start_stop_status(own: Home, run: Run) -> None:
     assert record.api_url in text
     assert record.token not in text.split()
 
-    code, out, err = run("stop")
+    code, out, err = run("start", "--json")
+    assert (code, json.loads(out)["error"]["id"]) == (Exit.LOCKED, "RB-LOCKED")
+    code, out, err = run("stop", "--output", "ndjson")
     assert (code, err) == (Exit.OK, "")
-    assert str(record.pid) in out
+    last = json.loads(out.splitlines()[-1])
+    assert (last["t"], last["state"], last["pid"]) == ("result", "stopped", record.pid)
     with suppress(ChildProcessError):
         os.waitpid(record.pid, 0)
     assert run("stop")[0] == Exit.OK

@@ -99,6 +99,7 @@ def test_a_file_for_another_program_is_what_the_standard_tools_take(
     config = TunnelConfig.parse(path.read_text())
     assert config.peers[0].endpoint == here.front.endpoint
     assert config.peers[0].keepalive_s == 15
+    assert "WebSocket" not in path.read_text()
     record = ring.find("router")
     assert (record.purpose, record.config) == (Purpose.EXPORTED, None)
     assert encode_key(config.private_key) not in ring.path("router").read_text()
@@ -229,6 +230,28 @@ def test_status_of_a_kept_peer_uses_that_peer(here: Here) -> None:
         assert found["test"]["carrier"] == "udp"
         assert found["twin"] is False
     assert here.names() == {"laptop"}
+
+
+def test_a_platform_that_is_known_by_its_url_alone_says_where_its_door_is(
+    here: Here, home: Path
+) -> None:
+    door = f"wss://127.0.0.1:{here.websocket_port}"
+    told(here, "create", "laptop")
+    for name in ((), ("laptop",)):
+        found = told(here, "status", *name, "--carrier", "websocket")["test"]
+        assert (found["carrier"], found["endpoint"]) == ("websocket", door)
+    with silent_port() as sock:
+        here.front.elsewhere = sock.getsockname()
+        found = told(here, "status")["test"]
+    assert (found["endpoint"], found["why"]) == (door, "UDP did not answer")
+    # Somebody else answers there by now: who was told the key notices.
+    path = home / "peers" / "laptop.peer"
+    key = here.front.gateway.websocket
+    assert key is not None
+    path.write_text(path.read_text().replace(key.pin.hex(), "ab" * 32))
+    result = command(here, "status", "laptop", "--carrier", "websocket", "--tunnel-timeout", "1s")
+    assert result.exit_code == Exit.TUNNEL_NOT_UP
+    assert "another key than expected" in result.output
 
 
 def silent_port() -> socket.socket:
@@ -400,9 +423,12 @@ def test_a_command_that_is_interrupted_removes_its_peer(here: Here, ring: Keyrin
         until(first, "transport")
         assert len(here.names()) == 1
         first.send_signal(signal.SIGINT)
+        assert first.stdout is not None
+        result = json.loads(list(first.stdout)[-1])
         assert first.wait(30) == Exit.INTERRUPTED
     finally:
         end(first)
+    assert "cached" not in result["error"]["hint"]
     assert here.names() == set()
     assert ring.entries() == []
 
