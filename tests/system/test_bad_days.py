@@ -44,7 +44,7 @@ def deployed(ended: Ended) -> int:
 def test_the_builders_disk_is_full(forsaken: Forsaken) -> None:
     by_step, by_context = forsaken.full
     lines = told(by_step, "RB-BUILDER-DISK", Exit.BUILDER_LOST)
-    assert lines[0].startswith("error: the builder's disk is full: step 3/3")
+    assert lines[0].startswith("error: the builder's disk is full: Dockerfile:3: step 3/3")
     lines = told(by_context, "RB-BUILDER-DISK", Exit.BUILDER_LOST)
     assert "no space left on device" in lines[0]
     # What is offered helps: others built there afterwards.

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.system.conftest import SERVE
+from tests.system.embedded import Embedded, app
 from tests.system.lab import Lab, laboratory, run
 
 pytestmark = pytest.mark.system
@@ -186,3 +188,20 @@ def test_an_upload_outlives_a_gateway_connection_that_is_cut(ends: Ends) -> None
     ends.wait_for_a_hit()
     ends.open_firewall()
     assert client.stop()["exact"]
+
+
+def test_a_deploy_by_url_alone_finds_the_door(embedded: Embedded, tmp_path: Path) -> None:
+    folder = app(tmp_path / "app", "STOPSIGNAL SIGKILL", SERVE, name="by-url")
+    token = embedded.run("selfhost", "token", "--expires", "10m").out.strip()
+    there = {**embedded.elsewhere(token), "FLY_BUILD_CARRIER": "websocket"}
+    door = f"wss://127.0.0.1:{embedded.record['websocket_port']}"
+    assert not door.endswith(":443")
+    try:
+        # By a peer of its own, and by one that the agent holds.
+        for words in (["--create-app"], ["--agent", "on"]):
+            with embedded.running("deploy", folder, *words, **there) as deploying:
+                carrier = deploying.until(lambda event: event["t"] == "transport")
+                assert (carrier["kind"], carrier["endpoint"]) == ("websocket", door)
+            assert embedded.ended[-1].code == 0, embedded.ended[-1].said
+    finally:
+        embedded.run("agent", "stop", "--now", **there)
