@@ -61,6 +61,7 @@ def agent(platform: Embedded) -> dict[str, object]:
     return found
 
 
+@pytest.mark.long
 def test_deploys_share_the_agents_tunnel(shared: Embedded, tmp_path: Path) -> None:
     folder = app(tmp_path / "app", "STOPSIGNAL SIGKILL", SERVE, name="shared")
     first = shared.run("deploy", folder, "--create-app", "--agent", "on", "--json")

@@ -58,6 +58,7 @@ def retries(ended: Ended) -> list[str]:
     return [event["phase"] for event in ended.events if event["t"] == "retry"]
 
 
+@pytest.mark.long
 def test_the_engine_dies_once_while_it_builds(embedded: Embedded, tmp_path: Path) -> None:
     folder = app(tmp_path, 'RUN ["/bin/busybox", "sleep", "3"]', *PAGE, name="revived")
     with embedded.running("deploy", folder, "--create-app") as running:
@@ -122,6 +123,7 @@ def test_the_registry_dies_before_and_while_it_is_pushed_to(
     assert embedded.releases("registry") == [(1, "complete")]
 
 
+@pytest.mark.long
 def test_a_registry_that_does_not_start_any_more(embedded: Embedded, tmp_path: Path) -> None:
     settings = embedded.root / "engine/registry.yml"
     good = settings.read_text()
@@ -207,6 +209,7 @@ async def test_what_served_before_still_answers(
     assert answered.status == 404
 
 
+@pytest.mark.long
 def test_the_platform_is_killed_while_a_release_begins(embedded: Embedded, tmp_path: Path) -> None:
     folder = app(tmp_path / "app", KILLED, DEAF, name="killed")
     with embedded.running("deploy", folder, "--create-app") as running:

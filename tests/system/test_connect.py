@@ -177,6 +177,7 @@ def test_docker_uses_the_context_while_it_is_there(connectable: Embedded, tmp_pa
     closed(connectable, url)
 
 
+@pytest.mark.long
 def test_two_connections_and_a_build_at_once(connectable: Embedded, tmp_path: Path) -> None:
     before = len(connectable.ended)
     with (
