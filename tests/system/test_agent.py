@@ -113,6 +113,7 @@ def test_kill_9_of_the_agent_fails_the_upload_and_nothing_after_it(
     assert shared.builds(f"killed-{rounds}") == ["failed", "completed"] * rounds
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("mode", "talks"),
     [

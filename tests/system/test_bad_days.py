@@ -58,7 +58,6 @@ def retries(ended: Ended) -> list[str]:
     return [event["phase"] for event in ended.events if event["t"] == "retry"]
 
 
-@pytest.mark.long
 def test_the_engine_dies_once_while_it_builds(embedded: Embedded, tmp_path: Path) -> None:
     folder = app(tmp_path, 'RUN ["/bin/busybox", "sleep", "3"]', *PAGE, name="revived")
     with embedded.running("deploy", folder, "--create-app") as running:
@@ -72,6 +71,7 @@ def test_the_engine_dies_once_while_it_builds(embedded: Embedded, tmp_path: Path
     assert not embedded.peers(ended)
 
 
+@pytest.mark.long
 def test_the_engine_dies_whenever_it_builds_and_between_deploys(
     embedded: Embedded, tmp_path: Path
 ) -> None:

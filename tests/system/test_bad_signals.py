@@ -127,6 +127,7 @@ def test_a_signal_ends_what_had_begun(
     assert embedded.releases(name) == list(CASES[phase].releases)
 
 
+@pytest.mark.long
 def test_no_peer_container_or_tag_is_left(embedded: Embedded, outcomes: Outcomes) -> None:
     ended = [outcome.result() for outcome in outcomes.values()]
     assert any("asking for a WireGuard peer" in one.said for one in ended)

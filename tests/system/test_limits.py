@@ -37,6 +37,7 @@ def limited(embedded: Embedded, folder: Path, builder: str, marker: str) -> None
     assert not embedded.peers(ended)
 
 
+@pytest.mark.long
 def test_a_build_that_takes_too_long_stops_on_the_engine(
     embedded: Embedded, tmp_path: Path
 ) -> None:

@@ -153,6 +153,7 @@ def connected(lab: Lab, endpoint: tuple[str, int]) -> Overheard:
     return Overheard(reopen(), reopen=reopen)
 
 
+@pytest.mark.long
 async def test_their_port_and_address_change_while_they_send(lab: Lab) -> None:
     ours, theirs = os.urandom(32), os.urandom(32)
     sock = lab.socket()
