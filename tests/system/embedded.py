@@ -145,7 +145,8 @@ class Embedded:
 
     def environment(self, **more: str) -> dict[str, str]:
         """For a command."""
-        kept = {name: value for name, value in os.environ.items() if name in KEPT}
+        # By name: threads ask for this while the environment changes between two tests.
+        kept = {name: os.environ[name] for name in KEPT if name in os.environ}
         # The classic builder announces every line of the Dockerfile as a step of its own.
         builder = {"FLY_BUILD_BUILDER": "classic"}
         return {**kept, **builder, "HOME": str(self.home), "FLY_BUILD_HOME": str(self.home), **more}
