@@ -4,6 +4,9 @@ Everything is decided by seeds, so a failure repeats; its seed is added to the e
 any two nodes that take and give trains of packets (`Stack` is one as it is; others need an adapter
 with the three verbs). After every step it asserts the law of `machine.py` and calls the invariants
 that it was given.
+
+`grain_s` is how exact timers are; `turn_s` is how long the left machine, which shares its processor
+with others, is away after each train it has sent.
 """
 
 from collections.abc import Callable
@@ -178,6 +181,7 @@ class Pair:
         actor: Callable[[], None] = lambda: None,
         invariant: Callable[[], None] = lambda: None,
         grain_s: float = 0.0,
+        turn_s: float = 0.0,
     ) -> None:
         weather = weather or Weather()
         self.now = 0.0
@@ -190,6 +194,8 @@ class Pair:
         self.actor = actor
         self.invariant = invariant
         self.grain_s = grain_s
+        self.turn_s = turn_s
+        self._free_at = 0.0
         self.steps = 0
 
     @property
@@ -220,14 +226,17 @@ class Pair:
     def pump(self) -> None:
         """Let the applications act and both nodes send what they want to send now."""
         self.actor()
-        self._drain(self.left, self.there)
+        if self.now >= self._free_at:
+            trains = self._drain(self.left, self.there)
+            self._free_at = self.now + trains * self.turn_s
         self._drain(self.right, self.back)
         self.invariant()
 
     def next_event(self) -> float | None:
         """When something will happen."""
-        left, right = self._wakes(self.left), self._wakes(self.right)
-        times = (left, right, self.there.due(), self.back.due())
+        ours = (self._wakes(self.left), self.back.due())
+        left = min((max(at, self._free_at) for at in ours if at is not None), default=None)
+        times = (left, self._wakes(self.right), self.there.due())
         return min((at for at in times if at is not None), default=None)
 
     def step(self) -> bool:
@@ -238,10 +247,10 @@ class Pair:
         self.steps += 1
         assert self.steps < MAX_STEPS, "the machines keep each other busy"
         self.now = max(self.now, at)
-        for wire, node in ((self.there, self.right), (self.back, self.left)):
-            packets = wire.pop(self.now)
-            if packets:
-                node.receive(packets, self.now)
+        if packets := self.there.pop(self.now):
+            self.right.receive(packets, self.now)
+        if self.now >= self._free_at and (packets := self.back.pop(self.now)):
+            self.left.receive(packets, self.now)
         self.pump()
         return True
 
@@ -272,8 +281,9 @@ class Pair:
         at = node.deadline()
         return at if at is None or not self.grain_s else ceil(at / self.grain_s) * self.grain_s
 
-    def _drain(self, node: Node, wire: Wire) -> None:
-        for train in node.transmit(self.now):
+    def _drain(self, node: Node, wire: Wire) -> int:
+        trains = node.transmit(self.now)
+        for train in trains:
             assert train, "an empty train"
             assert all(len(packet) == len(train[0]) for packet in train[:-1]), "unequal packets"
             assert len(train[-1]) <= len(train[0]), "the last packet may only be shorter"
@@ -281,6 +291,7 @@ class Pair:
                 wire.push(packet, self.now)
         after = node.deadline()
         assert after is None or after > self.now, "a machine may not ask for now again"
+        return len(trains)
 
 
 class Stream:

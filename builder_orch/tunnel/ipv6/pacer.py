@@ -2,8 +2,10 @@
 
 GRAIN = 1e-3
 """Timers above us are about this exact, so a train holds what the rate moves in this time."""
-LATE = 2e-3
-"""How much lateness is made up for; more would be a burst."""
+PAUSE = 2e-3
+"""How much of a time in which the rate was not what held us is made up for; more is a burst."""
+LATE = 5e-2
+"""The same when only the rate held us, and whoever should have called us then was late."""
 LATE_TRAINS = 4
 
 
@@ -11,13 +13,20 @@ class Pacer:
     """Keeps `next_at`, the moment up to which the rate has been used.
 
     Sending is free from then on. What the rate would have moved since is made up for within limits,
-    so neither a late timer nor an acknowledgement that comes in between makes it slower.
+    so neither a late timer nor an acknowledgement that comes in between makes it slower. A host
+    that is busy calls late again and again: were that not made up for, each measurement of the
+    bandwidth would lie below the one before, until next to nothing is sent.
     """
 
-    __slots__ = ("next_at",)
+    __slots__ = ("_credit", "next_at")
 
     def __init__(self) -> None:
         self.next_at = 0.0
+        self._credit = PAUSE
+
+    def called(self, *, waited: bool) -> None:
+        """The next allowances are for a sender that waited for `next_at`, or for something else."""
+        self._credit = LATE if waited else PAUSE
 
     def allowance(self, now: float, rate: float, mss: int, train: int) -> int:
         """How many octets may go now, 0 before `next_at`; `train` octets make a full train."""
@@ -26,11 +35,11 @@ class Pacer:
             return 0
         quantum = rate * GRAIN
         quantum = train if quantum > train else max(quantum, 2 * mss)
-        return int(quantum + min((min(LATE, late)) * rate, LATE_TRAINS * train))
+        return int(quantum + min(min(self._credit, late) * rate, LATE_TRAINS * train))
 
     def after(self, octets: int, now: float, rate: float, train: int) -> float:
         """What `next_at` will be when so much has gone out now."""
-        late = min(LATE, LATE_TRAINS * train / rate)
+        late = min(self._credit, LATE_TRAINS * train / rate)
         return max(self.next_at, now - late) + octets / rate
 
     def sent(self, octets: int, now: float, rate: float, train: int) -> None:

@@ -161,6 +161,7 @@ class Sender(Repair):
     def transmit(self, now: float, ack: int, window: int) -> list[Train]:
         """Run the timers that are due and send what may go, with these acknowledgement fields."""
         trains: list[Train] = []
+        self._pacer.called(waited=self._pace_at is not None)
         self._pace_at = None
         if self.una == self.nxt == self.outbox.last:
             return trains

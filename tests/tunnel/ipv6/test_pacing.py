@@ -6,8 +6,12 @@ from hypothesis import strategies as st
 
 from builder_orch.tunnel.ipv6.bbr import Bbr, Phase
 from builder_orch.tunnel.ipv6.congestion import Delivered
-from builder_orch.tunnel.ipv6.pacer import LATE, Pacer
+from builder_orch.tunnel.ipv6.pacer import PAUSE, Pacer
 from builder_orch.tunnel.ipv6.prr import Reduction
+from builder_orch.tunnel.machine import TRAIN_PACKETS
+from tests.sim import Weather
+from tests.tunnel.ipv6.contest import begin
+from tests.tunnel.ipv6.world import World
 
 MSS = 1000
 TRAIN = 44 * MSS
@@ -35,7 +39,33 @@ def test_after_a_pause_only_a_little_is_made_up_for() -> None:
     pacer = Pacer()
     pacer.sent(pacer.allowance(1.0, 1e6, MSS, TRAIN), 1.0, 1e6, TRAIN)
     assert pacer.allowance(1.0 + 1e-4, 1e6, MSS, TRAIN) == 0
-    assert pacer.allowance(10.0, 1e6, MSS, TRAIN) <= 2 * MSS + LATE * 1e6
+    assert pacer.allowance(10.0, 1e6, MSS, TRAIN) <= 2 * MSS + PAUSE * 1e6
+
+
+def test_who_waited_for_the_rate_is_owed_the_lateness_of_the_timer() -> None:
+    rate, late = 1e6, 0.02
+    pacer = Pacer()
+    pacer.sent(pacer.allowance(1.0, rate, MSS, TRAIN), 1.0, rate, TRAIN)
+    pacer.called(waited=True)
+    owed = pacer.allowance(pacer.next_at + late, rate, MSS, TRAIN)
+    assert owed == pytest.approx(late * rate + 2 * MSS, abs=1)
+    assert pacer.after(owed, pacer.next_at + late, rate, TRAIN) >= pacer.next_at + late
+
+
+def test_a_busy_host_sends_what_it_can_and_not_ever_less() -> None:
+    """Each train costs 5 ms, as where a busy thread has the interpreter."""
+    turn_s = 0.005
+    path = Weather(delay_s=0.0002, rate=300e6, queue=4 << 20)
+    world = World(path, back=Weather(delay_s=0.0002))
+    ours, theirs = begin(world)
+    world.run_for(0.02)
+    world.turn_s = turn_s
+    world.run_for(3)
+    before = theirs.got
+    world.run_for(1)
+    assert ours.connection is not None
+    full = TRAIN_PACKETS * ours.connection.sender.mss / turn_s
+    assert theirs.got - before > 0.6 * full
 
 
 @given(st.integers(20, 200), st.floats(0.3, 0.9))

@@ -126,6 +126,7 @@ class World(Pair):
         client: Stack | None = None,
         server: Stack | None = None,
         grain_s: float = 0.0,
+        turn_s: float = 0.0,
         sealed: bool = False,
     ) -> None:
         self.client = client or stack(LEFT, seed=seed)
@@ -144,6 +145,7 @@ class World(Pair):
             actor=self._act,
             invariant=self._check,
             grain_s=grain_s,
+            turn_s=turn_s,
         )
 
     def tell_too_big(self) -> None:
