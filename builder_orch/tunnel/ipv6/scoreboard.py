@@ -7,7 +7,7 @@ trains in flight, not with the number of packets.
 """
 
 from bisect import bisect_right
-from math import inf
+from math import ceil, inf
 from operator import attrgetter
 
 MAX_RUNS = 16_384
@@ -24,10 +24,14 @@ _start = attrgetter("start")
 
 
 class Run:
-    """Octets [start, end) sent at `sent_at`; the last six are the connection's state by then."""
+    """Octets [start, end), sent first at `born` and last at `sent_at`.
+
+    The last six fields are the connection's state by then.
+    """
 
     __slots__ = (
         "app_limited",
+        "born",
         "delivered",
         "delivered_at",
         "end",
@@ -44,7 +48,7 @@ class Run:
     def __init__(self, start: int, end: int, sent_at: float) -> None:
         self.start = start
         self.end = end
-        self.sent_at = sent_at
+        self.born = self.sent_at = sent_at
         self.sacked = False
         self.lost = False
         self.resent = False
@@ -58,6 +62,7 @@ class Run:
     def cut(self, at: int) -> "Run":
         """Keep [start, at) and return a run with the same past for the rest."""
         rest = Run(at, self.end, self.sent_at)
+        rest.born = self.born
         rest.sacked, rest.lost, rest.resent = self.sacked, self.lost, self.resent
         rest.delivered, rest.delivered_at = self.delivered, self.delivered_at
         rest.first_sent_at, rest.app_limited = self.first_sent_at, self.app_limited
@@ -222,6 +227,16 @@ class Scoreboard:
             self._spread = min(self._spread + 1, MAX_SPREAD)
             self._spread_for = SPREAD_FOR
 
+    def _learn_lateness(self, late: float, min_rtt: float) -> None:
+        """What was taken for lost came so much later than others: that much is to be tolerated.
+
+        RFC 8985 widens by a quarter of a round trip at a time, and repairs needlessly until then.
+        """
+        steps = ceil(min(4 * late / min_rtt, MAX_SPREAD))
+        if steps > self._spread:
+            self._spread = steps
+            self._spread_for = SPREAD_FOR
+
     def recovered(self) -> None:
         """A window with losses has been repaired."""
         self._spread_for -= 1
@@ -351,6 +366,7 @@ class Scoreboard:
                 self.needless += length  # too early to be about the second copy
                 self.losses = max(0, self.losses - length)
                 self.reordering = True
+                self._learn_lateness(now - run.born - self.rack_rtt, min_rtt)
                 return
         else:
             if end < self._fack:

@@ -188,6 +188,21 @@ def test_a_hole_filled_by_a_first_copy_is_reordering() -> None:
     assert board.tolerance(0.1, 0.2, 300, False) == pytest.approx(0.025)
 
 
+def test_what_was_resent_too_early_tells_how_late_its_first_copy_came() -> None:
+    board = Scoreboard()
+    board.sent(0, 1000, 0.0)
+    board.sent(1000, 4000, 0.001)
+    board.begin()
+    board.select(1000, 4000, 0.101, 0.1)
+    assert board.detect_losses(0.101, 0.0) is None
+    assert board.lost == 1000
+    board.resent(0, 1000, 0.101)
+    board.begin()
+    board.acknowledge(4000, 0.16, 0.1)  # sooner than a second copy could have been
+    assert board.needless == 1000
+    assert 0.06 <= board.tolerance(0.1, 0.2, 300, False) <= 0.085
+
+
 def test_selected_octets_that_are_never_acknowledged_are_sent_again() -> None:
     board = Scoreboard()
     board.sent(0, 2000, 0.0)
