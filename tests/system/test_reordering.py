@@ -21,7 +21,10 @@ SIZES = [2, pytest.param(32, marks=pytest.mark.long)]
 
 @dataclass(frozen=True)
 class Ways:
-    """A laboratory whose ways to wireguard-go take 10 ms each way, in order or not."""
+    """A laboratory whose ways to wireguard-go take 10 ms each way, in order or not.
+
+    They are of 40 Mbit/s, so that this is what limits a stream and not the processors.
+    """
 
     lab: Lab
     port: int
@@ -47,6 +50,8 @@ class Ways:
 @pytest.fixture
 def ways() -> Iterator[Ways]:
     with laboratory() as lab:
+        narrow = "qdisc add dev v0 root tbf rate 40mbit burst 128kb latency 100ms"
+        run("tc", "-n", lab.left, *narrow.split())
         ours, theirs = os.urandom(32), os.urandom(32)
         port = lab.wireguard_go(private_key=theirs, our_public_key=public(ours))
         server = lab.module("tests.system.flows", "serve", str(THEIRS))
