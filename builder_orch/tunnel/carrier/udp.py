@@ -28,6 +28,8 @@ QUEUE_LIMIT = 256
 LOOK_S = 1.0
 """How often a connected socket asks from which of our addresses the gateway is reached now."""
 
+_TRUNCATED = int(socket.MSG_TRUNC)
+"""A plain number: flags of an enumeration cost as much as a packet."""
 _ANCILLARY = socket.CMSG_SPACE(4)
 _SEGMENT = struct.Struct("=H")
 _GRO = struct.Struct("=i")
@@ -269,7 +271,7 @@ class UdpCarrier:
             except OSError as error:
                 self._count(error)
                 continue
-            if flags & socket.MSG_TRUNC:
+            if flags & _TRUNCATED:
                 self.drops["truncated"] += 1
                 continue
             segment = size

@@ -1,13 +1,16 @@
 """Transport data under one pair of keys (WireGuard paper, 5.4.6), by the train.
 
 `seal` and `open` are the two loops the whole data path runs through. They take a train at a time
-because everything but the AEAD call itself can then be done once: about 1.5 us a packet of 1420
-octets where the bare AEAD costs 1.3.
+because everything but the AEAD call itself can then be done once or in C: about 1.6 us a packet of
+1420 octets where the bare AEAD costs 1.4.
 """
 
 from collections import Counter
+from collections.abc import Callable
+from functools import lru_cache
+from itertools import repeat
 from struct import Struct
-from typing import Protocol
+from typing import Any, Protocol
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
@@ -27,11 +30,19 @@ from builder_orch.tunnel.wireguard.timers import (
 OVERHEAD = HEADER_LEN + TAG_LEN
 """Octets by which a sealed packet is longer than the padded one."""
 PADDING = 16
+RUN = 4
+"""How many datagrams make it worth to take them apart all at once."""
 
 _PREFIX = Struct("<II")
 _HEADER = Struct("<8sQ").pack
 _NONCE = Struct("<4xQ").pack
 _WORDS = Struct("<QQ").unpack_from
+
+
+@lru_cache(maxsize=256)
+def _apart(segment: int, count: int) -> Callable[[memoryview, int], tuple[Any, ...]]:
+    """Takes `count` datagrams apart: name, counter and sealed packet of each in turn."""
+    return Struct("<" + f"QQ{segment - HEADER_LEN}s" * count).unpack_from
 
 
 class Aead(Protocol):
@@ -100,7 +111,7 @@ class Session:
         """A train as datagrams laid end to end and the length of each but the last.
 
         Packets are padded to 16 octets, but never beyond `mtu`. Rejected when the counters have run
-        out. Costs about 0.25 us a packet above the AEAD.
+        out. Costs about 0.2 us a packet above the AEAD.
         """
         size = len(train[0])
         padding = min(-size % PADDING, mtu - size)
@@ -110,13 +121,10 @@ class Session:
         if counter + len(train) > REJECT_AFTER_MESSAGES:
             raise Rejected("counters exhausted")
         self.sent += len(train)
-        encrypt, header, nonce, outgoing = self._encrypt, _HEADER, _NONCE, self._outgoing
-        parts: list[bytes] = []
-        add = parts.append
-        for packet in train:
-            add(header(outgoing, counter))
-            add(encrypt(nonce(counter), packet, None))
-            counter += 1
+        counters = range(counter, self.sent)
+        parts = [b""] * (2 * len(train))
+        parts[::2] = map(_HEADER, repeat(self._outgoing), counters)
+        parts[1::2] = map(self._encrypt, map(_NONCE, counters), train, repeat(None))
         return b"".join(parts), len(parts[1]) + HEADER_LEN
 
     def open(
@@ -126,14 +134,13 @@ class Session:
 
         Returns the padded packets that are authentic and new, keepalives as empty ones, and where
         the first datagram that is not of this session begins. The rest is counted in `drops`.
-        Costs about 0.4 us a packet above the AEAD.
+        Costs about 0.2 us a packet above the AEAD, 0.5 where counters are not in order.
         """
         decrypt, words, nonce, incoming = self._decrypt, _WORDS, _NONCE, self._incoming
-        opened: list[bytes] = []
+        opened, at = self._open_run(octets, start, segment, drops)
         add = opened.append
-        begin = expected = first = 0
-        at = start
-        for at in range(start, len(octets) - TRANSPORT_LEN + 1, segment):
+        begin, expected, first = len(opened), 0, 0
+        while at <= len(octets) - TRANSPORT_LEN:
             named, counter = words(octets, at)
             if named != incoming:
                 break
@@ -148,10 +155,31 @@ class Session:
                 # The counter is still expected, and perhaps comes: whoever forged one does not
                 # take it away from the true packet.
                 drops["forged"] += 1
-        else:
             at += segment
         self._settle(opened, begin, first, drops)
         return opened, at
+
+    def _open_run(
+        self, octets: memoryview, start: int, segment: int, drops: Counter[str]
+    ) -> tuple[list[bytes], int]:
+        """The case that nearly all are of, in C: whole datagrams of this session in order.
+
+        Returns nothing and `start` where it is another; then each is looked at by itself.
+        """
+        count = (len(octets) - start) // segment
+        if count < RUN or segment < TRANSPORT_LEN:
+            return [], start
+        parts = _apart(segment, count)(octets, start)
+        first = parts[1]
+        counters = range(first, first + count)
+        if parts[1::3] != tuple(counters) or parts[::3].count(self._incoming) != count:
+            return [], start
+        try:
+            opened = list(map(self._decrypt, map(_NONCE, counters), parts[2::3], repeat(None)))
+        except InvalidTag:
+            return [], start
+        self._settle(opened, 0, first, drops)
+        return opened, start + count * segment
 
     def _settle(self, opened: list[bytes], begin: int, first: int, drops: Counter[str]) -> None:
         """Ask the window about a run of consecutive counters; strike out what it refuses."""

@@ -158,6 +158,33 @@ def test_a_flipped_bit_costs_that_packet_alone(count: int, data: st.DataObject) 
     assert drops == Counter({"replayed": count - 1} if count > 1 else {})
 
 
+@given(st.integers(2, 12), st.integers(0, 2**32))
+def test_a_batch_is_opened_as_its_datagrams_are_one_by_one(count: int, seed: int) -> None:
+    """In any order, with copies, forgeries, gaps and a short last one."""
+    dice = Random(seed)
+    sender, together = pair()
+    alone = pair()[1]
+    last = [dice.randbytes(48)] if dice.random() < 0.5 else []
+    octets, segment = sender.seal([dice.randbytes(64) for _ in range(count)] + last, MTU)
+    datagrams = [octets[at : at + segment] for at in range(0, len(octets), segment)]
+    whole, tail = datagrams[:count], datagrams[count:]
+    for _ in range(dice.randrange(3)):
+        at = dice.randrange(count)
+        match dice.randrange(3):
+            case 0:
+                whole[at] = whole[dice.randrange(count)]
+            case 1:
+                whole[at] = whole[at][:-1] + bytes([whole[at][-1] ^ 1])
+            case _:
+                dice.shuffle(whole)
+    datagrams = whole + tail
+    singly = [opened(alone, datagram, len(datagram)) for datagram in datagrams]
+    packets, end, drops = opened(together, b"".join(datagrams), segment)
+    assert packets == [packet for got, _, _ in singly for packet in got]
+    assert end >= segment * count
+    assert drops == sum((lost for _, _, lost in singly), Counter())
+
+
 def test_a_run_ends_where_another_session_begins() -> None:
     sender, receiver = pair()
     other = Session(Keys(ONE, OTHER, b""), local=7, remote=9, born=0.0, initiator=True)
