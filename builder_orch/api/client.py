@@ -6,7 +6,6 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from functools import cache, partial
 from importlib.resources import files
 from ipaddress import IPv6Address
-from ssl import SSLContext
 from time import time as wall_clock
 from types import TracebackType
 from typing import Final, Self
@@ -52,6 +51,7 @@ from builder_orch.errors import (
     UsageFailure,
 )
 from builder_orch.events import Emit, Retry, Warned
+from builder_orch.tunnel.carrier.proxy import Outside
 
 Failure = BuilderOrchError | Trouble
 
@@ -135,23 +135,21 @@ class Platform:
         timeout_s: float = CALL_LIMIT_S,
         idempotent: frozenset[str] = IDEMPOTENT,
         local: bool | None = None,
-        proxy: str | None = None,
-        trust: SSLContext | None = None,
+        outside: Outside | None = None,
         emit: Emit | None = None,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         """`idempotent` names the mutations that this platform carries out once however often they
         are sent. `local`: may its gateway have an address that is not public? (None: if the API is
-        on this machine.) `trust`: whose certificates, if not the system's choice. Retries are
-        announced to `emit` and waited for by `sleep`."""
+        on this machine.) `outside` is how to get out of this network. Retries are announced to
+        `emit` and waited for by `sleep`."""
         self._url = checked_url(url)
         authorization(token)
         self._token = token
         self._local = is_this_machine(self._url) if local is None else local
         self._timeout_s = timeout_s
         self._idempotent = idempotent
-        self._proxy = proxy
-        self._trust = trust
+        self._outside = outside or Outside()
         self._emit = emit
         self._sleep = sleep
         self._transport: AIOHTTPTransport | None = None
@@ -159,7 +157,7 @@ class Platform:
 
     async def __aenter__(self) -> Self:
         self._transport = open_transport(
-            self._url, self._token, proxy=self._proxy, trust=self._trust, dated=self._note_date
+            self._url, self._token, outside=self._outside, dated=self._note_date
         )
         await self._transport.connect()
         return self

@@ -12,6 +12,7 @@ from aiohttp import (
     ClientConnectorDNSError,
     ClientConnectorError,
     ClientPayloadError,
+    ClientProxyConnectionError,
     ConnectionTimeoutError,
     ServerDisconnectedError,
     ServerTimeoutError,
@@ -32,6 +33,7 @@ from builder_orch.errors import (
     PlatformRefused,
     PlatformUnavailable,
 )
+from builder_orch.tunnel.carrier.proxy import ProxyRefused
 
 MESSAGE_LIMIT: Final = 500
 """Characters of a server's own words that we repeat."""
@@ -41,6 +43,10 @@ LATER: Final = "try again later; if it stays so, ask those who run the platform"
 """The next step where nothing but time can help."""
 _REACH: Final = (
     "check the API URL (--api-url or FLY_BUILD_API_URL), the network and any proxy between"
+)
+_PROXY: Final = (
+    "correct HTTPS_PROXY or ALL_PROXY, name the API's host in NO_PROXY if no proxy leads to it, or "
+    "ask those who run the proxy"
 )
 _LOGIN: Final = (
     "give a token that is still valid in FLY_BUILD_TOKEN, or in the file FLY_BUILD_TOKEN_FILE names"
@@ -243,7 +249,10 @@ def _from_cause(cause: BaseException) -> BuilderOrchError | Trouble:
         case ConnectionTimeoutError():
             return Trouble("no connection within the time for one", sent=False, hint=_REACH)
         case ClientConnectorError():
-            return Trouble(unconnected(cause), sent=False, hint=_REACH)
+            refused = cause.os_error if isinstance(cause.os_error, ProxyRefused) else None
+            lasting = refused is not None and refused.lasting
+            hint = _REACH if refused is None else _PROXY
+            return Trouble(unconnected(cause), sent=False, hint=hint, lasting=lasting)
         case ServerTimeoutError() | TimeoutError():
             return Trouble("no answer within the time for one try", sent=True)
         case ServerDisconnectedError() | ConnectionResetError():
@@ -257,10 +266,13 @@ def _from_cause(cause: BaseException) -> BuilderOrchError | Trouble:
 
 def unconnected(error: ClientConnectorError) -> str:
     """What could not be connected to and why, in words for people."""
+    if isinstance(error.os_error, ProxyRefused):
+        return printable(str(error.os_error), MESSAGE_LIMIT)
     if isinstance(error, ClientConnectorDNSError):
         return f"no address for {error.host}"
     place = f"[{error.host}]" if ":" in error.host else error.host
-    return f"no connection to {place}:{error.port}: {_reason(error.os_error)}"
+    proxy = "the proxy " if isinstance(error, ClientProxyConnectionError) else ""
+    return f"no connection to {proxy}{place}:{error.port}: {_reason(error.os_error)}"
 
 
 def _reason(error: OSError) -> str:

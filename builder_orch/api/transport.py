@@ -3,25 +3,23 @@
 from collections.abc import Callable
 from email.utils import parsedate_to_datetime
 from ipaddress import ip_address
-from ssl import SSLContext
 from time import time
 from typing import Final
 
-from aiohttp import ClientHandlerType, ClientRequest, ClientResponse, DummyCookieJar, TCPConnector
+from aiohttp import ClientHandlerType, ClientRequest, ClientResponse, DummyCookieJar
 from aiohttp.hdrs import AUTHORIZATION, DATE, RETRY_AFTER
 from gql.transport.aiohttp import AIOHTTPTransport
 from yarl import URL
 
 from builder_orch import __version__
+from builder_orch.api.dialer import connector
 from builder_orch.api.failures import BadStatus, Elsewhere, TooLarge
 from builder_orch.api.models import Secret
 from builder_orch.errors import NotLoggedIn, UsageFailure
+from builder_orch.tunnel.carrier.proxy import Outside
 
 ANSWER_LIMIT: Final = 16 << 20
 """Octets of one answer after decompression."""
-IDLE_S: Final = 4.0
-"""Connections idle for longer are not used again: a mutation that meets one which the other end is
-just closing cannot be told from one that was carried out."""
 
 _SAID_LIMIT: Final = 4096
 _MACAROONS: Final = ("fm1r_", "fm1a_", "fm2_")
@@ -97,17 +95,18 @@ def open_transport(
     url: URL,
     token: Secret,
     *,
-    proxy: str | None = None,
-    trust: SSLContext | None = None,
+    outside: Outside,
     dated: Callable[[str | None], None] = lambda _: None,
 ) -> AIOHTTPTransport:
     """gql's transport, still to be connected; needs a running loop.
 
-    Certificates are always checked, against `trust` or else what the system trusts. `dated` is
+    Certificates are always checked. A proxy of `outside` connects us and hears no more. `dated` is
     given the Date of each answer.
     """
     value = authorization(token)
     origin = url.origin()
+    # Plain http is for this machine: whatever else is said, no proxy reads the token.
+    way = outside if url.scheme == "https" else Outside()
 
     async def guard(request: ClientRequest, handler: ClientHandlerType) -> ClientResponse:
         """The one place that attaches the token, and that judges what HTTP answered."""
@@ -125,14 +124,13 @@ def open_transport(
 
     return AIOHTTPTransport(
         url=str(url),
-        ssl=True if trust is None else trust,
+        ssl=True,
         headers={"User-Agent": f"fly-build/{__version__}"},
         client_session_args={
-            "connector": TCPConnector(keepalive_timeout=IDLE_S),
+            "connector": connector(url, way),
             "cookie_jar": DummyCookieJar(),
             "middlewares": (guard,),
             "response_class": _Bounded,
-            "proxy": proxy,
         },
     )
 

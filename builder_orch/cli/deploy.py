@@ -236,11 +236,12 @@ async def open_world(chosen: PlatformSettings, emit: Emit, flags: Flags) -> Asyn
 
     token = Secret(chosen.token)
     environment = Environment.current()
+    outside = Outside.of(environment.variables)
     choice = Choice(
         flags.carrier,
         chosen.websocket_port,
         bytes.fromhex(chosen.websocket_pin) or None,
-        Outside.of(environment.variables),
+        outside,
         environment.state_folder().parent / "carriers.json",
     )
 
@@ -253,7 +254,9 @@ async def open_world(chosen: PlatformSettings, emit: Emit, flags: Flags) -> Asyn
     named = identity(environment, chosen)
     place = Place(environment.agent_folder())
     async with (
-        Platform(chosen.api_url, token, idempotent=idempotent, emit=emit) as platform,
+        Platform(
+            chosen.api_url, token, idempotent=idempotent, outside=outside, emit=emit
+        ) as platform,
         reaching(place, SharedPeers(platform, keyring, named), choice, flags, emit) as way,
     ):
         yield World(

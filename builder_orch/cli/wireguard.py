@@ -153,7 +153,10 @@ async def _desk(flags: Flags, emit: Emit) -> AsyncGenerator[Desk]:
     keyring = Keyring(environment.state_folder().parent / "peers")
     idempotent = IDEMPOTENT_SELFHOST if chosen.selfhost else IDEMPOTENT
     token = Secret(chosen.token)
-    async with Platform(chosen.api_url, token, idempotent=idempotent, emit=emit) as platform:
+    outside = Outside.of(environment.variables)
+    async with Platform(
+        chosen.api_url, token, idempotent=idempotent, outside=outside, emit=emit
+    ) as platform:
         kept = Kept(platform, keyring, identity(environment, chosen), emit)
         yield Desk(flags, environment, chosen, platform, kept, emit)
 

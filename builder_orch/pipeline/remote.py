@@ -27,10 +27,11 @@ from aiohttp import (
 from yarl import URL
 
 from builder_orch import __version__
+from builder_orch.api.dialer import connector, passes_on, proxy_for
 from builder_orch.api.failures import unconnected
 from builder_orch.api.models import printable
 from builder_orch.errors import ContextRefused, UsageFailure
-from builder_orch.tunnel.carrier.proxy import HTTP, HTTPS, Outside, ProxyRefused
+from builder_orch.tunnel.carrier.proxy import Outside
 
 REDIRECTS: Final = 5
 DOCKERFILE_OCTETS: Final = 1 << 20
@@ -95,30 +96,34 @@ async def fetch(text: str, into: Path, limits: Limits, variables: Mapping[str, s
     first = url.origin()
     timeout = ClientTimeout(total=limits.total_s, sock_connect=10.0, sock_read=limits.idle_s)
     headers = {"User-Agent": f"fly-build/{__version__}", "Accept-Encoding": "identity"}
-    outside = Outside.of(variables)
     try:
-        async with ClientSession(
-            timeout=timeout, headers=headers, cookie_jar=DummyCookieJar(), auto_decompress=False
-        ) as session:
-            for _ in range(limits.redirects + 1):
-                own = {"Authorization": auth} if auth and url.origin() == first else {}
-                proxy, proxy_headers = _proxy(outside, url)
-                async with session.get(
+        for _ in range(limits.redirects + 1):
+            own = {"Authorization": auth} if auth and url.origin() == first else {}
+            outside = Outside.of(variables, url.scheme)
+            proxy, login = _passing_on(url, outside)
+            async with (
+                ClientSession(
+                    connector=connector(url, outside),
+                    timeout=timeout,
+                    headers=headers,
+                    cookie_jar=DummyCookieJar(),
+                    auto_decompress=False,
+                ) as session,
+                session.get(
                     url.with_user(None),
                     headers=own,
                     allow_redirects=False,
                     proxy=proxy,
-                    proxy_headers=proxy_headers,
-                ) as response:
-                    if response.status not in _MOVED:
-                        await _save(response, into, limits, text)
-                        return
-                    url = _next(url, response, text)
-            _refuse(text, f"more than {limits.redirects} redirects")
+                    proxy_headers=login,
+                ) as response,
+            ):
+                if response.status not in _MOVED:
+                    await _save(response, into, limits, text)
+                    return
+                url = _next(url, response, text)
+        _refuse(text, f"more than {limits.redirects} redirects")
     except TimeoutError:
         _refuse(text, f"it took longer than {limits.total_s:g} s, or stood still")
-    except ProxyRefused as refused:
-        _refuse(text, str(refused))
     except ClientConnectorCertificateError as error:
         _refuse(text, f"the server's certificate: {printable(str(error.certificate_error))}")
     except ClientConnectorError as error:
@@ -127,12 +132,11 @@ async def fetch(text: str, into: Path, limits: Limits, variables: Mapping[str, s
         _refuse(text, f"{getattr(error, 'strerror', None) or 'the connection broke'}")
 
 
-def _proxy(outside: Outside, url: URL) -> tuple[str | None, dict[str, str] | None]:
-    proxy = outside.proxy_for(url.host or "", url.port or 443)
-    if proxy is None:
+def _passing_on(url: URL, outside: Outside) -> tuple[str | None, dict[str, str] | None]:
+    """The proxy that has to make the request for us, if it is so, and what it is told of us."""
+    proxy = proxy_for(url, outside)
+    if proxy is None or not passes_on(proxy, url):
         return None, None
-    if proxy.kind not in {HTTP, HTTPS}:
-        raise ProxyRefused(f"files are not fetched through a {proxy.kind} proxy")
     # aiohttp sends it to the proxy under the name that a proxy expects, and to nobody else.
     login = encode_basic_auth(proxy.user, proxy.password) if proxy.user else ""
     return f"{proxy.kind}://{proxy}", {"Authorization": login} if login else None

@@ -3,15 +3,21 @@
 import asyncio
 import json
 import socket
+import ssl
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from io import BytesIO
 from ipaddress import IPv6Address
 from pathlib import Path
 
 from aiohttp import ClientSession, web
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, generate_private_key
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from builder_orch.api.client import IDEMPOTENT_SELFHOST, Platform
 from builder_orch.api.models import Secret
@@ -108,9 +114,11 @@ class Script:
             self._tasks.discard(task)
             writer.close()
 
-    async def serve(self, listener: socket.socket) -> asyncio.Server:
+    async def serve(
+        self, listener: socket.socket, tls: ssl.SSLContext | None = None
+    ) -> asyncio.Server:
         """Begin to listen on a socket that is bound."""
-        return await asyncio.start_server(self.talk, sock=listener)
+        return await asyncio.start_server(self.talk, sock=listener, ssl=tls)
 
     def stop(self) -> None:
         """End what hangs."""
@@ -126,11 +134,18 @@ def bound() -> socket.socket:
 
 
 @asynccontextmanager
-async def scripted(*steps: Step) -> AsyncIterator[Script]:
-    """A server that takes these steps."""
+async def scripted(
+    *steps: Step, certificate: Path | None = None, host: str = "127.0.0.1"
+) -> AsyncIterator[Script]:
+    """A server that takes these steps; over TLS with a certificate, which `host` names."""
+    tls, scheme = None, "http"
+    if certificate is not None:
+        tls, scheme = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), "https"
+        tls.load_cert_chain(certificate)
     listener = bound()
-    script = Script(list(steps), url=f"http://127.0.0.1:{listener.getsockname()[1]}/graphql")
-    server = await script.serve(listener)
+    url = f"{scheme}://{host}:{listener.getsockname()[1]}/graphql"
+    script = Script(list(steps), url=url)
+    server = await script.serve(listener, tls)
     try:
         yield script
     finally:
@@ -148,6 +163,37 @@ class Waits:
     async def __call__(self, seconds: float) -> None:
         """What asyncio.sleep would have waited for."""
         self.seconds.append(seconds)
+
+
+# --- certificates
+
+
+def certificate_for(
+    folder: Path,
+    host: str = "localhost",
+    *,
+    begins: timedelta = -timedelta(days=1),
+    ends: timedelta = timedelta(days=1),
+) -> Path:
+    """A self-signed certificate for a host with its key, as one PEM file."""
+    now, key = datetime.now(UTC), generate_private_key(SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, host)])
+    built = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now + begins)
+        .not_valid_after(now + ends)
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName(host)]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, SHA256())
+    )
+    path = folder / "server.pem"
+    pkcs8 = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    path.write_bytes(built.public_bytes(Encoding.PEM) + pkcs8)
+    return path
 
 
 # --- the platform with fakes behind it

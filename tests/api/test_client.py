@@ -2,7 +2,6 @@
 
 import asyncio
 import gzip
-import ssl
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from datetime import UTC, datetime, timedelta
@@ -11,10 +10,6 @@ from ipaddress import IPv6Address
 from pathlib import Path
 
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, generate_private_key
-from cryptography.hazmat.primitives.hashes import SHA256
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from gql.transport.exceptions import TransportConnectionFailed
 from yarl import URL
 
@@ -32,6 +27,7 @@ from builder_orch.errors import (
     UsageFailure,
 )
 from builder_orch.events import Event, Retry
+from builder_orch.tunnel.carrier.proxy import Outside
 from builder_orch.tunnel.config import encode_key
 from tests.api.rig import (
     CANARY,
@@ -40,6 +36,7 @@ from tests.api.rig import (
     Waits,
     answer,
     bound,
+    certificate_for,
     hang,
     octets,
     reset,
@@ -373,7 +370,7 @@ async def test_a_redirect_is_not_followed(opened: Opened, status: int) -> None:
 
 async def test_the_token_is_attached_for_one_origin_alone(opened: Opened) -> None:
     script, other = await opened.server(), await opened.server()
-    transport = open_transport(URL(script.url), Secret(CANARY))
+    transport = open_transport(URL(script.url), Secret(CANARY), outside=Outside())
     await transport.connect()
     assert transport.session is not None
     for url in (other.url, script.url.replace("127.0.0.1", "localhost")):
@@ -495,28 +492,6 @@ async def test_invalid_peers_are_among_those_asked_for(opened: Opened) -> None:
 # --- certificates
 
 
-def certificate(folder: Path, *, begins: timedelta, ends: timedelta) -> Path:
-    """A self-signed certificate for localhost with its key, as one PEM file."""
-    now, key = datetime.now(UTC), generate_private_key(SECP256R1())
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
-    built = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now + begins)
-        .not_valid_after(now + ends)
-        .add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-        .sign(key, SHA256())
-    )
-    path = folder / "server.pem"
-    pkcs8 = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-    path.write_bytes(built.public_bytes(Encoding.PEM) + pkcs8)
-    return path
-
-
 @pytest.mark.parametrize(
     ("begins_d", "ends_d", "trusted", "hint"),
     [(1, 2, True, "clock"), (-2, -1, True, "clock"), (-1, 1, False, "trusts")],
@@ -529,22 +504,16 @@ async def test_a_certificate_that_cannot_be_trusted(
     hint: str,
 ) -> None:
     days = {"begins": timedelta(days=begins_d), "ends": timedelta(days=ends_d)}
-    path = certificate(tmp_path, **days)
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(path)
-    trust = ssl.create_default_context(cafile=str(path)) if trusted else None
-    listener = bound()
-    listener.listen()
-    script = Script([])
-    server = await asyncio.start_server(script.talk, sock=listener, ssl=context)
+    path = certificate_for(tmp_path, "localhost", **days)
+    outside = Outside(ca_files=(str(path),) if trusted else ())
     waits = Waits()
-    url = f"https://localhost:{listener.getsockname()[1]}/graphql"
-    async with Platform(url, Secret(CANARY), trust=trust, sleep=waits) as platform:
+    async with (
+        scripted(certificate=path, host="localhost") as script,
+        Platform(script.url, Secret(CANARY), outside=outside, sleep=waits) as platform,
+    ):
         with pytest.raises(PlatformUnavailable, match="certificate") as caught:
             await platform.nearest_region()
     assert hint in caught.value.hint
     assert ("by this machine's clock, which says 2" in str(caught.value)) is (hint == "clock")
     assert waits.seconds == []
     assert script.requests == []
-    server.close()
-    await server.wait_closed()

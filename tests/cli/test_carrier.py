@@ -16,6 +16,7 @@ from builder_orch.cli.options import CARRIERS, Flags
 from builder_orch.settings import Environment, PlatformSettings
 from builder_orch.tunnel import hosted
 from builder_orch.tunnel.carrier.choice import KINDS, Choice
+from tests.api.rig import bound
 from tests.cli.platform_here import platform_here
 from tests.tunnel.carrier.gate import Socks
 
@@ -96,6 +97,24 @@ def test_another_kind_is_wrong_usage(words: list[str], environment: dict[str, st
     assert "pigeon" in result.output
 
 
+def test_a_proxy_that_does_not_lead_to_the_platform_is_told_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "Dockerfile").write_text("FROM scratch\n")
+    with bound() as closed:
+        proxy = f"127.0.0.1:{closed.getsockname()[1]}"
+        environment = {
+            "FLY_BUILD_API_URL": "https://api.test/graphql",
+            "FLY_BUILD_TOKEN": "planted",
+            "FLY_BUILD_REGISTRY": "registry.test",
+            "HTTPS_PROXY": f"http://user:grown@{proxy}",
+        }
+        words = ["build", str(tmp_path), "--app", "shop", "--progress", "none"]
+        result = CliRunner().invoke(fly_build, words, env=environment)
+    assert result.exit_code == 10, result.output
+    assert f"failed: the proxy {proxy} cannot be reached: Connection refused" in result.output
+    assert "planted" not in result.output
+    assert "grown" not in result.output
+
+
 def test_a_socks_proxy_leads_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Loopback is never reached through a proxy; here it is far away.
     monkeypatch.setattr("builder_orch.tunnel.carrier.proxy._is_local", lambda _: False)
@@ -103,15 +122,15 @@ def test_a_socks_proxy_leads_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with platform_here(tmp_path) as here:
         opening = stack.enter_async_context(proxy.running())
         address = asyncio.run_coroutine_threadsafe(opening, here.loop).result(10)
-        words = ["wireguard", "status", "--carrier", "websocket", "--tunnel-timeout", "1.5s"]
+        words = ["wireguard", "status", "--carrier", "websocket", "--tunnel-timeout"]
         try:
             good, bad = (
                 CliRunner().invoke(
                     fly_build,
-                    words,
+                    [*words, limit],
                     env={**here.environment, "ALL_PROXY": f"socks5h://user:{password}@{address}"},
                 )
-                for password in ("planted", "grown")
+                for password, limit in (("planted", "60s"), ("grown", "1.5s"))
             )
         finally:
             asyncio.run_coroutine_threadsafe(stack.aclose(), here.loop).result(10)

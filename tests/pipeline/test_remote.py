@@ -6,6 +6,7 @@ import gzip
 import io
 import os
 import socket
+import ssl
 import tarfile
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -18,6 +19,8 @@ from hypothesis import strategies as st
 
 from builder_orch.errors import ContextRefused, UsageFailure
 from builder_orch.pipeline.remote import Limits, check_url, fetch, shown, unpack
+from tests.api.rig import bound, certificate_for
+from tests.tunnel.carrier.gate import Proxy, Socks
 
 Answer = Callable[[web.Request], Awaitable[web.StreamResponse]]
 SMALL = Limits(1000, redirects=2, total_s=20.0, idle_s=20.0)
@@ -25,15 +28,15 @@ BASIC = "Basic " + base64.b64encode(b"me:planted").decode()
 
 
 @asynccontextmanager
-async def serving(answer: Answer) -> AsyncIterator[str]:
-    """The origin of a server that gives this answer to everything."""
+async def serving(answer: Answer, tls: ssl.SSLContext | None = None) -> AsyncIterator[str]:
+    """The authority of a server that gives this answer to everything."""
     application = web.Application()
     application.router.add_route("*", "/{path:.*}", answer)
     # Some answers here never end.
     runner = web.AppRunner(application, handler_cancellation=True, shutdown_timeout=0.1)
     await runner.setup()
     sock = socket.create_server(("127.0.0.1", 0))
-    await web.SockSite(runner, sock).start()
+    await web.SockSite(runner, sock, ssl_context=tls).start()
     try:
         yield f"127.0.0.1:{sock.getsockname()[1]}"
     finally:
@@ -75,13 +78,73 @@ async def test_a_proxy_gets_its_own_credentials_and_the_file_none_of_them(tmp_pa
 
     async with serving(proxy) as host:
         url = "http://files.test/D"
-        assert await got(url, tmp_path, HTTPS_PROXY=f"http://me:planted@{host}") == b"through"
+        assert await got(url, tmp_path, HTTP_PROXY=f"http://me:planted@{host}") == b"through"
     assert heard == [("http://files.test/D", BASIC, None)]
 
 
-async def test_a_proxy_of_another_kind_is_refused_with_its_reason(tmp_path: Path) -> None:
-    with pytest.raises(ContextRefused, match="not fetched through a socks5h proxy"):
-        await got("http://files.test/D", tmp_path, ALL_PROXY="socks5h://me:planted@p.test")
+async def test_each_scheme_has_its_proxy(tmp_path: Path) -> None:
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(path := certificate_for(tmp_path, "files.test"))
+    heard: list[str | None] = []
+
+    async def plain(request: web.Request) -> web.StreamResponse:
+        raise web.HTTPFound(f"https://{secure.replace('127.0.0.1', 'files.test')}/D")
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        heard.append(request.headers.get("Proxy-Authorization"))
+        return web.Response(body=b"FROM scratch\n")
+
+    proxy, socks = Proxy(credentials="me:planted"), Socks(credentials="me:planted")
+    async with (
+        serving(answer, tls) as secure,
+        serving(plain) as passing,
+        proxy.running() as connecting,
+        socks.running() as sockets,
+    ):
+        for number, variables in enumerate(
+            (
+                {"http_proxy": passing, "https_proxy": f"http://me:planted@{connecting}"},
+                {"HTTP_PROXY": passing, "ALL_PROXY": f"socks5h://me:planted@{sockets}"},
+            )
+        ):
+            (into := tmp_path / f"{number}").mkdir()
+            variables["FLY_BUILD_CA_FILE"] = str(path)
+            assert await got("http://files.test/D", into, SMALL, **variables) == b"FROM scratch\n"
+    assert heard == [None, None]
+    assert [head.split()[:2] for head in proxy.asked] == [
+        ["CONNECT", secure.replace("127.0.0.1", "files.test")]
+    ]
+    assert socks.asked == [f"files.test {secure.rpartition(':')[2]}"]
+
+
+@pytest.mark.parametrize(
+    ("url", "proxy", "why"),
+    [
+        ("https://files.test/D", Proxy(credentials="me:other"), r"the proxy .* \(407 "),
+        ("http://files.test/D", Proxy(answer=b"HTTP/1.1 407 No\r\n\r\n"), "answer was 407 No"),
+        ("https://files.test/D", Proxy(answer=None), "the proxy .* closed the connection"),
+    ],
+)
+async def test_a_proxy_that_does_not_is_the_cause(
+    tmp_path: Path, url: str, proxy: Proxy, why: str
+) -> None:
+    async with proxy.running() as address:
+        with pytest.raises(ContextRefused, match=why) as caught:
+            await got(url, tmp_path, ALL_PROXY=f"http://me:planted@{address}")
+    assert "planted" not in str(caught.value) + caught.value.hint
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+async def test_a_proxy_that_is_not_there_is_the_cause(tmp_path: Path, scheme: str) -> None:
+    with bound() as closed:
+        address = f"127.0.0.1:{closed.getsockname()[1]}"
+        with pytest.raises(ContextRefused, match=f"the proxy {address}.*: Connection refused"):
+            await got(f"{scheme}://files.test/D", tmp_path, ALL_PROXY=address)
+
+
+async def test_a_proxy_of_another_kind_is_wrong_usage(tmp_path: Path) -> None:
+    with pytest.raises(UsageFailure, match="a socks4 proxy is not supported"):
+        await got("http://files.test/D", tmp_path, ALL_PROXY="socks4://me:planted@p.test")
 
 
 async def large(request: web.Request) -> web.StreamResponse:

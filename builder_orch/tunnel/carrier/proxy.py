@@ -2,11 +2,13 @@
 
 import asyncio
 import contextlib
+import os
 import socket
 import ssl
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from ipaddress import ip_address, ip_network
+from pathlib import Path
 from typing import TypeVar
 from urllib.parse import unquote, urlsplit
 
@@ -19,12 +21,21 @@ PORTS = {HTTP: 80, HTTPS: 443, SOCKS: 1080, SOCKS_NAMES: 1080}
 """The kinds of proxies by the schemes of their URLs, with their usual ports."""
 SOCKS_WORD = 255
 """Octets of a name or password (RFC 1929)."""
+SOCKS_RULES = 2
+"""A reply: not allowed by the proxy's rules (RFC 1928)."""
 
 Reached = TypeVar("Reached", bound=asyncio.Protocol)
 
 
 class ProxyRefused(OSError):
-    """The proxy did not connect us; says why in one line, without credentials."""
+    """The proxy did not connect us; says why in one line, without credentials.
+
+    `lasting`: would it, or the variable that names it, have to change first?
+    """
+
+    def __init__(self, cause: str, *, lasting: bool = False) -> None:
+        super().__init__(cause)
+        self.lasting = lasting
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,12 +56,14 @@ class Proxy:
         try:
             port = parts.port
         except ValueError:
-            raise ProxyRefused("the proxy's URL has a port that is none") from None
+            cause = "the proxy's URL has a port that is none"
+            raise ProxyRefused(cause, lasting=True) from None
         if parts.scheme not in PORTS:
             kinds = ", ".join(PORTS)
-            raise ProxyRefused(f"a {parts.scheme} proxy is not supported; these are: {kinds}")
+            cause = f"a {parts.scheme} proxy is not supported; these are: {kinds}"
+            raise ProxyRefused(cause, lasting=True)
         if not parts.hostname:
-            raise ProxyRefused("the proxy's URL names no host")
+            raise ProxyRefused("the proxy's URL names no host", lasting=True)
         user, password = unquote(parts.username or ""), unquote(parts.password or "")
         port = port or PORTS[parts.scheme]
         return cls(parts.hostname, port, parts.scheme, user, password)
@@ -61,8 +74,8 @@ class Proxy:
 
 @dataclass(frozen=True, slots=True)
 class Outside:
-    """How to get out of this network. `ca_files` are trusted beside the system's certificates;
-    only a proxy that is spoken to over TLS is verified by them (the gateway proves itself inside).
+    """How to get out of this network. `ca_files` are trusted beside the system's certificates, for
+    a proxy that is spoken to over TLS as for servers (the gateway proves itself inside).
     """
 
     proxy: str = field(default="", repr=False)
@@ -70,8 +83,9 @@ class Outside:
     ca_files: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, variables: Mapping[str, str]) -> "Outside":
-        """What an environment says; the lower-case names count as well, as everywhere."""
+    def of(cls, variables: Mapping[str, str], scheme: str = HTTPS) -> "Outside":
+        """What an environment says for URLs of a scheme; the lower-case names count as well, as
+        everywhere."""
 
         def first(*names: str) -> str:
             both = [each for name in names for each in (name, name.lower())]
@@ -79,7 +93,7 @@ class Outside:
 
         files = first("SSL_CERT_FILE"), first("FLY_BUILD_CA_FILE")
         return cls(
-            proxy=first("HTTPS_PROXY", "ALL_PROXY").strip(),
+            proxy=first(f"{scheme.upper()}_PROXY", "ALL_PROXY").strip(),
             no_proxy=first("NO_PROXY"),
             ca_files=tuple(file for file in files if file),
         )
@@ -98,10 +112,18 @@ class Outside:
         return False
 
     def verifying(self) -> ssl.SSLContext:
-        """TLS towards a proxy, which gets our credentials and is therefore verified."""
+        """TLS towards whom we tell secrets, or believe; OSError names the file that is none."""
         context = ssl.create_default_context()
+        # With SSL_CERT_FILE set, OpenSSL takes that file instead of the system's.
+        usual = ssl.get_default_verify_paths().openssl_cafile
+        if self.ca_files and Path(usual).is_file():
+            context.load_verify_locations(usual)
         for file in self.ca_files:
-            context.load_verify_locations(file)
+            try:
+                context.load_verify_locations(file)
+            except OSError as error:
+                why = "it holds none" if isinstance(error, ssl.SSLError) else error.strerror
+                raise OSError(f"no certificates can be read from {file}: {why}") from None
         return context
 
 
@@ -127,28 +149,35 @@ def _matches(pattern: str, host: str, port: int) -> bool:
 
 
 async def reach(
-    host: str, port: int, tls: ssl.SSLContext, outside: Outside, made: Callable[[], Reached]
+    host: str, port: int, tls: ssl.SSLContext | None, outside: Outside, made: Callable[[], Reached]
 ) -> Reached:
-    """A protocol of ours over TLS at the far end, through a proxy where one is to be used.
+    """A protocol of ours at the far end, over TLS if there is `tls`, through a proxy where one is
+    to be used.
 
     OSError (ssl.SSLError is one) or ProxyRefused say why not.
     """
     loop = asyncio.get_running_loop()
     proxy = outside.proxy_for(host, port)
+    name = None if tls is None else host
+    handshake_s = None if tls is None else HANDSHAKE_S
     if proxy is None:
         _, protocol = await loop.create_connection(
-            made, host, port, ssl=tls, server_hostname=host, ssl_handshake_timeout=HANDSHAKE_S
+            made, host, port, ssl=tls, server_hostname=name, ssl_handshake_timeout=handshake_s
         )
         return protocol
     if proxy.kind in {SOCKS, SOCKS_NAMES}:
         sock = await _by_socks(proxy, host, port)
         _, protocol = await loop.create_connection(
-            made, sock=sock, ssl=tls, server_hostname=host, ssl_handshake_timeout=HANDSHAKE_S
+            made, sock=sock, ssl=tls, server_hostname=name, ssl_handshake_timeout=handshake_s
         )
         return protocol
     transport = await _through(proxy, host, port, outside)
+    protocol = made()
+    if tls is None:
+        transport.set_protocol(protocol)
+        protocol.connection_made(transport)
+        return protocol
     try:
-        protocol = made()
         secured = await loop.start_tls(
             transport, protocol, tls, server_hostname=host, ssl_handshake_timeout=HANDSHAKE_S
         )
@@ -158,6 +187,12 @@ async def reach(
     assert secured is not None
     protocol.connection_made(secured)
     return protocol
+
+
+def _cause(error: BaseException | None) -> str:
+    """What the system says; asyncio's words are about its own calls."""
+    number = 0 if isinstance(error, ssl.SSLError) else getattr(error, "errno", None) or 0
+    return os.strerror(number) if number > 0 else str(getattr(error, "strerror", None) or error)
 
 
 class _Asking(asyncio.Protocol):
@@ -193,7 +228,7 @@ async def _through(proxy: Proxy, host: str, port: int, outside: Outside) -> asyn
             ssl=outside.verifying() if proxy.kind == HTTPS else None,
         )
     except OSError as error:
-        raise ProxyRefused(f"the proxy {proxy} cannot be reached: {error}") from None
+        raise ProxyRefused(f"the proxy {proxy} cannot be reached: {_cause(error)}") from None
     try:
         credentials = f"{proxy.user}:{proxy.password}" if proxy.user else ""
         transport.write(connect_request(host, port, credentials))
@@ -209,7 +244,7 @@ async def _through(proxy: Proxy, host: str, port: int, outside: Outside) -> asyn
         return transport
     transport.abort()
     wants = "wants a name and password, or others" if code == 407 else "refused"
-    raise ProxyRefused(f"the proxy {proxy} {wants} ({code} {reason})")
+    raise ProxyRefused(f"the proxy {proxy} {wants} ({code} {reason})", lasting=code // 100 == 4)
 
 
 async def _by_socks(proxy: Proxy, host: str, port: int) -> socket.socket:
@@ -220,7 +255,7 @@ async def _by_socks(proxy: Proxy, host: str, port: int) -> socket.socket:
     for word in (proxy.user, proxy.password):
         if len(word) > SOCKS_WORD or not word.isascii():
             what = f"a name and password of ASCII, {SOCKS_WORD} characters each"
-            raise ProxyRefused(f"the proxy {proxy} can be told {what}")
+            raise ProxyRefused(f"the proxy {proxy} can be told {what}", lasting=True)
     asking = Socks(
         ProxyType.SOCKS5,
         proxy.host,
@@ -232,10 +267,16 @@ async def _by_socks(proxy: Proxy, host: str, port: int) -> socket.socket:
     try:
         return await asking.connect(host, port)
     except ProxyConnectionError as error:
-        raise ProxyRefused(f"the proxy {proxy} cannot be reached: {error.__cause__}") from None
+        raise ProxyRefused(
+            f"the proxy {proxy} cannot be reached: {_cause(error.__cause__)}"
+        ) from None
     except socket.gaierror as error:
         why = f"{host} cannot be resolved here ({error.strerror}); socks5h lets the proxy do it"
         raise ProxyRefused(f"the proxy {proxy} is not asked: {why}") from None
-    except (ProxyError, OSError, ValueError) as error:
+    except ProxyError as error:
+        # Without a code it is a login, or no SOCKS at all; with one, what RFC 1928 section 6 says.
+        lasting = error.error_code in {None, SOCKS_RULES}
+        raise ProxyRefused(f"the proxy {proxy} refused ({error})", lasting=lasting) from None
+    except (OSError, ValueError) as error:
         # A ValueError is what the library makes of addresses that are none.
         raise ProxyRefused(f"the proxy {proxy} refused ({error})") from None

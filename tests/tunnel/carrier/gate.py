@@ -75,6 +75,8 @@ class Proxy:
     answer: bytes | None = b""
     port: int = 0
     asked: list[str] = field(default_factory=list)
+    passed: bytearray = field(default_factory=bytearray)
+    """What it was given to pass on, of all connections."""
     tasks: set[asyncio.Future[None]] = field(default_factory=set)
 
     async def attend(self, near: asyncio.StreamReader, back: asyncio.StreamWriter) -> None:
@@ -96,7 +98,7 @@ class Proxy:
             far, forth = await asyncio.open_connection("127.0.0.1", port)
             back.write(b"HTTP/1.1 200 Connection established\r\nVia: a test\r\n\r\n")
             with contextlib.closing(forth):
-                await asyncio.gather(_copy(near, forth), _copy(far, back))
+                await asyncio.gather(_copy(near, forth, self.passed), _copy(far, back))
 
     @asynccontextmanager
     async def running(self, tls: ssl.SSLContext | None = None) -> AsyncGenerator[str]:
@@ -192,9 +194,13 @@ async def turns() -> None:
         await asyncio.sleep(0)
 
 
-async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+async def _copy(
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, seen: bytearray | None = None
+) -> None:
     with contextlib.suppress(ConnectionError):
         while octets := await reader.read(65536):
+            if seen is not None:
+                seen += octets
             writer.write(octets)
             await writer.drain()
     writer.close()
