@@ -43,9 +43,10 @@ from builder_orch.tunnel.wireguard.interface import (
     PeerStatus,
     SessionStarted,
 )
-from builder_orch.tunnel.wireguard.twin import Twin
+from builder_orch.tunnel.wireguard.twin import SILENT, Twin
 
 PING_PAYLOAD = bytes(range(32))
+ECHO_S = 1.0
 BACKEND_TIMEOUT_S = 10.0
 OVERDUE_S = 1.0
 """How long an answer to a handshake may take before somebody is told of waiting for it."""
@@ -152,8 +153,31 @@ class Tunnel:
 
     async def twin(self) -> None:
         """Wait until it is clear that somebody else uses our key: sessions get lost, again and
-        again, though each handshake is answered."""
-        await self._usurped.wait()
+        again, though each handshake is answered.
+
+        With a resolver (`dns`) it is asked for an echo each second, to know a loss from its silence
+        before WireGuard's timers do.
+        """
+        usurped = asyncio.ensure_future(self._usurped.wait())
+        lost, worked = 0, False
+        try:
+            while not usurped.done():
+                if self._config.dns is None:
+                    await usurped
+                    continue
+                try:
+                    await self.ping(self._config.dns, timeout_s=ECHO_S)
+                except TimeoutError:
+                    lost += 1
+                else:
+                    lost, worked = 0, True
+                    await asyncio.wait({usurped}, timeout=ECHO_S)
+                if lost >= SILENT and worked:
+                    worked = False
+                    self._interface.summon(self._config.dns.packed, boot_time(), again=True)
+                    self.pump()
+        finally:
+            usurped.cancel()
 
     async def moved(self, route: Route) -> Route:
         """Wait until the gateway is reached in another way than `route`, and tell which."""
@@ -362,7 +386,7 @@ class Tunnel:
                     if self._hears is not None:
                         self._hears.heard(endpoint, session=True)
                     self._attempts = 0
-                    if told.attempt and self._twins[key].began(now):
+                    if told.attempt and self._twins[key].began(now, told.attempt):
                         self._usurped.set()
                     self._established.setdefault(key, asyncio.Event()).set()
                 case HandshakeStarted():

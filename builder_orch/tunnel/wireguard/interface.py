@@ -137,14 +137,18 @@ class Interface:
         peer = self._routes.find(remote)
         return None if peer is None else peer.config.public_key
 
-    def summon(self, remote: bytes, now: float) -> None:
-        """Begin a handshake with the peer of an address, unless needless or under way."""
+    def summon(self, remote: bytes, now: float, *, again: bool = False) -> None:
+        """Begin a handshake with the peer of an address, unless one is under way or, if not
+        `again`, there is a session."""
         self._now = now
         peer = self._routes.find(remote)
         if peer is None:
             self.drops["no route"] += 1
             return
-        peer.summon(now)
+        if again:
+            peer.renew(now)
+        else:
+            peer.summon(now)
         self._agenda.note(peer)
 
     def send(self, train: Train, now: float) -> None:

@@ -216,6 +216,10 @@ class Peer:
         if not self.is_ready(now):
             self._call(now)
 
+    def renew(self, now: float) -> None:
+        """Begin a handshake unless one is under way, whatever session there is."""
+        self._call(now)
+
     def announce(self, now: float) -> None:
         """Say that we are here, if there is a session to say it on."""
         if self.is_ready(now):

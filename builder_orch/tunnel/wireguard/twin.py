@@ -1,10 +1,19 @@
 """Whether somebody else uses our key, told from what our own sessions come to.
 
 A gateway answers a key where it heard it last, with the keys of its latest handshake. Two machines
-with one key therefore take each other's session away: each hears nothing, begins anew after 15 s of
+with one key therefore take each other's session away: each hears nothing, begins anew after some
 silence, is answered at once, and the other one goes deaf. A session lives for REKEY_AFTER_TIME; one
-that has to be begun anew much earlier was lost. Only answered handshakes count, so nobody without
-the key can feign a twin.
+that has to be begun anew much earlier was lost. Only handshakes answered at the first asking count:
+nobody without the key can feign a twin, and a network that was away rarely comes back at the moment
+of the first initiation.
+
+By the protocol's own timers alone three losses take more than a minute. WireGuard begins anew
+KEEPALIVE_TIMEOUT + REKEY_TIMEOUT = 15 s after what it sent was left unanswered, later by up to
+333 ms of jitter and by the time until something is sent. From our first loss to our third the twin
+waits twice and we do, so that is 4 * 15 = 60 s and more: WINDOW_S has to be longer. Who wants to
+know earlier asks for an echo each second and has the handshake begun when SILENT in a row are lost
+(`Tunnel.twin` does): then it is 2 * (5 + 15) = 40 s and a little even if the twin only keeps to the
+timers, and the third loss is known within a minute of the first.
 """
 
 from collections import deque
@@ -13,7 +22,8 @@ from builder_orch.tunnel.wireguard.timers import REKEY_AFTER_TIME
 
 LOSSES = 3
 WINDOW_S = 70.0
-"""Two twins that both talk lose a session every 30 s each (15 s of silence, jitter, twice)."""
+SILENT = 5
+"""Echoes lost in a row, of one second each, after the session had brought some back."""
 
 
 class Twin:
@@ -23,10 +33,10 @@ class Twin:
         self._began: float | None = None
         self._lost: deque[float] = deque(maxlen=LOSSES)
 
-    def began(self, now: float) -> bool:
-        """A handshake that we began was answered; whether that makes it too many in a row."""
+    def began(self, now: float, attempt: int) -> bool:
+        """The `attempt`-th initiation of ours in a row was answered: are too many sessions lost?"""
         previous, self._began = self._began, now
-        if previous is None or now - previous >= REKEY_AFTER_TIME:
+        if previous is None or now - previous >= REKEY_AFTER_TIME or attempt > 1:
             return False
         self._lost.append(now)
         if len(self._lost) < LOSSES or now - self._lost[0] > WINDOW_S:
