@@ -7,13 +7,10 @@ is set but empty counts as unset. Paths inside a file are relative to that file.
 import json
 import os
 import re
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
-
-import platformdirs
 
 from builder_orch.errors import NotLoggedIn, UsageFailure
 
@@ -131,8 +128,7 @@ class Environment:
     def state_folder(self) -> Path:
         """Where the selfhost platform of this user keeps what it has."""
         home, _ = self.first("FLY_BUILD_HOME")
-        base = Path(home) if home else platformdirs.user_data_path("fly-build")
-        return base / "selfhost"
+        return (Path(home) if home else _data()) / "selfhost"
 
     def agent_folder(self) -> Path:
         """Where this user's agent has its socket, its lock and the peers that commands share."""
@@ -142,7 +138,7 @@ class Environment:
             return Path(home) / "agent"
         if runtime and _is_own(Path(runtime)):
             return Path(runtime) / "fly-build"
-        return platformdirs.user_data_path("fly-build") / "agent"
+        return _data() / "agent"
 
     def docker_config(self) -> Path:
         """Where `docker login` keeps what it was told; it need not be there."""
@@ -256,6 +252,13 @@ def _graphql(url: str) -> str:
     return url.rstrip("/") + "/graphql" if parts.path in {"", "/"} else url
 
 
+def _data() -> Path:
+    """The user's data directory for this program."""
+    import platformdirs
+
+    return platformdirs.user_data_path("fly-build")
+
+
 def _is_own(folder: Path) -> bool:
     """After sudo or su a variable may still name a directory of the user before."""
     try:
@@ -275,6 +278,8 @@ def _is_alive(pid: int) -> bool:
 
 
 def _project(path: Path) -> Project:
+    import tomllib
+
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -1,7 +1,5 @@
 """`fly-build agent`: the background process that holds tunnels for all commands of a user."""
 
-import asyncio
-import signal
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -82,6 +80,9 @@ def run(context: click.Context, idle: float, output: str) -> None:
 
 def be_agent(place: Place, idle_s: float) -> None:
     """Serve until the end, with a log on stderr."""
+    import asyncio
+    import signal
+
     import structlog
 
     from builder_orch.agent.server import Agent, Terms, serve

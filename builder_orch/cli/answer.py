@@ -1,9 +1,9 @@
 """How commands that are no run of the pipeline say what came of it, and any why it failed."""
 
+import os
 import sys
 import time
 from collections.abc import Callable
-from secrets import token_hex
 
 import click
 
@@ -21,7 +21,7 @@ def tell(output: str, command: str, work: Callable[[Emit], Facts]) -> int:
 
     Of what it returns `lines` are the text, and `exit_code` is the command's, if that is not 0.
     """
-    renderer = Renderer(output, token_hex(8), sys.stdout, sys.stderr)
+    renderer = Renderer(output, os.urandom(8).hex(), sys.stdout, sys.stderr)
     renderer.start(command)
     began = time.monotonic()
     try:

@@ -7,7 +7,7 @@ import socket
 import sys
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
 
 import click
@@ -226,7 +226,6 @@ def start_selfhost(environment: Environment, emit: Emit) -> PlatformSettings:
 async def open_world(chosen: PlatformSettings, emit: Emit, flags: Flags) -> AsyncGenerator[World]:
     """The real platform, tunnel and registry; a process for the tunnel starts at once."""
     from builder_orch.agent.place import Place
-    from builder_orch.api.client import IDEMPOTENT, IDEMPOTENT_SELFHOST, Platform
     from builder_orch.api.keyring import Keyring
     from builder_orch.api.models import Secret
     from builder_orch.cli.shared import SharedPeers, reaching
@@ -248,17 +247,20 @@ async def open_world(chosen: PlatformSettings, emit: Emit, flags: Flags) -> Asyn
     async def credentials() -> Login:
         return Login("x", token)
 
-    idempotent = IDEMPOTENT_SELFHOST if chosen.selfhost else IDEMPOTENT
     here = await _here(flags, environment)
     keyring = Keyring(environment.state_folder().parent / "peers")
     named = identity(environment, chosen)
     place = Place(environment.agent_folder())
-    async with (
-        Platform(
-            chosen.api_url, token, idempotent=idempotent, outside=outside, emit=emit
-        ) as platform,
-        reaching(place, SharedPeers(platform, keyring, named), choice, flags, emit) as way,
-    ):
+    async with AsyncExitStack() as closing:
+        sharing = await closing.enter_async_context(reaching(place, choice, flags, emit))
+        # Large: the other process begins while this is imported.
+        from builder_orch.api.client import IDEMPOTENT, IDEMPOTENT_SELFHOST, Platform
+
+        idempotent = IDEMPOTENT_SELFHOST if chosen.selfhost else IDEMPOTENT
+        platform = await closing.enter_async_context(
+            Platform(chosen.api_url, token, idempotent=idempotent, outside=outside, emit=emit)
+        )
+        way = sharing(SharedPeers(platform, keyring, named))
         yield World(
             platform,
             way.open_tunnel,

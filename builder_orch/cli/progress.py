@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from typing import TextIO
 
 from builder_orch.cli.lines import Display, Lines, Nothing, Quiet
-from builder_orch.cli.rawjson import RawJson
 
 AUTO, TTY, PLAIN, QUIET, RAWJSON, NONE = "auto", "tty", "plain", "quiet", "rawjson", "none"
 MODES = (AUTO, TTY, PLAIN, QUIET, RAWJSON, NONE)
@@ -20,6 +19,8 @@ def open_display(wished: str, err: TextIO, variables: Mapping[str, str]) -> Disp
         case "quiet":
             return Quiet(err)
         case "rawjson":
+            from builder_orch.cli.rawjson import RawJson
+
             return RawJson(err)
         case "none":
             return Nothing()

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from typing import TextIO
 
 from builder_orch.cli.lines import Display, Lines
-from builder_orch.cli.rawjson import RawJson
 from builder_orch.cli.text import encodable, plain
 from builder_orch.errors import Blame, BuilderOrchError, Interrupted, Terminated
 from builder_orch.events import (
@@ -105,6 +104,8 @@ class Renderer:
 
     def _finish(self, event: Finished) -> None:
         if event.error is not None:
+            from builder_orch.cli.rawjson import RawJson
+
             if isinstance(self._display, RawJson):
                 # Who reads objects there gets one more; text would end the parsing.
                 print(json.dumps({"error": _error(event.error)}), file=self._err, flush=True)

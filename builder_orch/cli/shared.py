@@ -4,8 +4,8 @@ import asyncio
 import os
 import socket
 import time
-from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, Callable
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from ipaddress import IPv6Address
 from pathlib import Path
@@ -32,6 +32,7 @@ from builder_orch.pipeline.outside import OpenTunnel, Platform, TakePeer, settle
 from builder_orch.pipeline.peer import peer_name
 from builder_orch.tunnel.carrier.choice import Choice
 from builder_orch.tunnel.config import TunnelConfig, encode_key
+from builder_orch.tunnel.hosted import hosting
 
 AUTO, ON, OFF = AGENT_MODES
 TRIES = 5
@@ -51,22 +52,25 @@ class Way:
 
 @asynccontextmanager
 async def reaching(
-    place: Place, peers: "SharedPeers", choice: Choice, flags: Flags, emit: Emit
-) -> AsyncGenerator[Way]:
-    """The way that the flags ask for, ready to be used: a process that can open a tunnel, or the
-    agent, which has one."""
+    place: Place, choice: Choice, flags: Flags, emit: Emit
+) -> AsyncGenerator[Callable[["SharedPeers"], Way]]:
+    """The way that the flags ask for, once it is known which peers are shared: a process that can
+    open a tunnel, which begins at once, or the agent, which has one."""
     call = await find(flags.agent, place, flags.capture, emit)
     if call is None:
-        from builder_orch.tunnel.hosted import hosting
-
         async with hosting(choice=choice, capture=flags.capture) as open_tunnel:
-            yield Way(open_tunnel)
+            yield lambda _: Way(open_tunnel)
         return
-    shared = SharedTunnel(place, call, peers, choice)
-    try:
-        yield Way(shared.open_tunnel, shared.peer)
-    finally:
-        shared.close()
+    tunnel = AgentTunnel(call)
+    with ExitStack() as closing:
+        closing.callback(tunnel.close)
+
+        def sharing(peers: SharedPeers) -> Way:
+            shared = SharedTunnel(place, tunnel, peers, choice)
+            closing.callback(shared.close)
+            return Way(shared.open_tunnel, shared.peer)
+
+        yield sharing
 
 
 async def find(mode: str, place: Place, capture: Path | None, emit: Emit) -> Call | None:
@@ -158,9 +162,11 @@ class SharedPeers:
 class SharedTunnel:
     """One command's use of a tunnel that the agent holds."""
 
-    def __init__(self, place: Place, call: Call, peers: SharedPeers, choice: Choice) -> None:
+    def __init__(
+        self, place: Place, tunnel: AgentTunnel, peers: SharedPeers, choice: Choice
+    ) -> None:
         self._place = place
-        self._tunnel = AgentTunnel(call)
+        self._tunnel = tunnel
         self._peers = peers
         self._choice = choice
 

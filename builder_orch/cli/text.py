@@ -4,7 +4,7 @@ import re
 from typing import TextIO
 from unicodedata import category
 
-from builder_orch.pipeline.context import readable
+from builder_orch.pipeline.amount import readable
 
 LINE_LIMIT = 4000
 """Characters of one line that somebody else wrote."""

@@ -18,8 +18,8 @@ from builder_orch.cli.options import APP, CARRIERS, Duration, Flags
 from builder_orch.cli.render import Renderer
 from builder_orch.errors import BuilderLost, BuilderOrchError, Exit
 from builder_orch.events import Emit, Finished
+from builder_orch.pipeline.amount import readable
 from builder_orch.pipeline.connect import reached
-from builder_orch.pipeline.context import readable
 from builder_orch.pipeline.deploy import ulid
 from builder_orch.pipeline.engine import Engine, Refused
 from builder_orch.settings import Environment, PlatformSettings, find_project

@@ -24,7 +24,8 @@ from builder_orch.errors import (
 )
 from builder_orch.events import Emit, PhaseReason, Progress, Step, Warned
 from builder_orch.pipeline.abilities import beyond_classic, check_abilities
-from builder_orch.pipeline.context import Context, readable
+from builder_orch.pipeline.amount import readable
+from builder_orch.pipeline.context import Context
 from builder_orch.pipeline.dockerfile import Dockerfile
 from builder_orch.pipeline.engine import BUILDKIT, CLASSIC, Engine, Recipe, Refused, lost
 from builder_orch.pipeline.kit import Broken, Host, Journey, build_by_kit

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from builder_orch.errors import BuildFailed, ContextRefused, DockerfileInvalid, UsageFailure
 from builder_orch.events import Emit, Warned
+from builder_orch.pipeline.amount import readable
 from builder_orch.pipeline.dockerfile import Dockerfile, Source
 from builder_orch.pipeline.ignore import Ignore
 from builder_orch.pipeline.survey import Survey
@@ -72,16 +73,6 @@ class Context:
     def __str__(self) -> str:
         files = sum(entry.kind is not Kind.DIRECTORY for entry in self.entries)
         return f"{files} file{'s' if files != 1 else ''}, {readable(self.size)}"
-
-
-def readable(octets: int) -> str:
-    """`1.4 MB`: decimal, three digits or fewer."""
-    amount = float(octets)
-    for unit in ("bytes", "kB", "MB"):
-        if amount < 1000:
-            return f"{amount:.0f} {unit}" if unit == "bytes" else f"{amount:.1f} {unit}"
-        amount /= 1000
-    return f"{amount:.1f} GB"
 
 
 def scan(

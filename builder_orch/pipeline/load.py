@@ -18,8 +18,8 @@ from urllib.parse import urlsplit
 from builder_orch.buildkit.export import PREFIX
 from builder_orch.errors import BuilderLost, BuilderOrchError, UsageFailure
 from builder_orch.events import Emit, Progress
+from builder_orch.pipeline.amount import readable
 from builder_orch.pipeline.build import Built
-from builder_orch.pipeline.context import readable
 from builder_orch.pipeline.engine import DIAL_S, Engine, Refused
 from builder_orch.pipeline.output import not_written
 from builder_orch.pipeline.thread import Relay

@@ -11,7 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from builder_orch.errors import ContextChanged, UsageFailure
-from builder_orch.pipeline.context import Context, readable
+from builder_orch.pipeline.amount import readable
+from builder_orch.pipeline.context import Context
 from builder_orch.pipeline.manifest import Mark, Marks, changes, marks_of
 from builder_orch.pipeline.walk import Kind
 

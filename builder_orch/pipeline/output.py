@@ -9,7 +9,7 @@ from pathlib import Path
 
 from builder_orch.buildkit.export import DirectoryTarget, FileTarget, Target, Unsafe
 from builder_orch.errors import BuilderLost, BuilderOrchError, LocalDiskFull, UsageFailure
-from builder_orch.pipeline.context import readable
+from builder_orch.pipeline.amount import readable
 
 
 class Form(Enum):

@@ -15,8 +15,8 @@ from tenacity import (
 
 from builder_orch.errors import BuilderFull, BuilderOrchError, PushDenied, PushFailed
 from builder_orch.events import Emit, Retry, Warned
+from builder_orch.pipeline.amount import readable
 from builder_orch.pipeline.build import Built
-from builder_orch.pipeline.context import readable
 from builder_orch.pipeline.engine import Engine, Login, Pause, Refused
 from builder_orch.pipeline.messages import PushMessages
 from builder_orch.pipeline.thread import Relay

@@ -15,8 +15,9 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from builder_orch.errors import TunnelNotUp
 from builder_orch.tunnel.capture import Capture
 from builder_orch.tunnel.carrier import Carrier, Route, Sign
-from builder_orch.tunnel.carrier.choice import Choice, open_carrier
+from builder_orch.tunnel.carrier.choice import Choice
 from builder_orch.tunnel.carrier.families import UdpFamilies
+from builder_orch.tunnel.carrier.opening import open_carrier
 from builder_orch.tunnel.carrier.race import RaceCarrier
 from builder_orch.tunnel.carrier.udp import UdpCarrier
 from builder_orch.tunnel.carrier.websocket import WebSocketCarrier

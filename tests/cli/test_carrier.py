@@ -11,10 +11,10 @@ import pytest
 from click.testing import CliRunner
 
 from builder_orch.cli import deploy as command
+from builder_orch.cli import shared
 from builder_orch.cli.main import fly_build
 from builder_orch.cli.options import CARRIERS, Flags
 from builder_orch.settings import Environment, PlatformSettings
-from builder_orch.tunnel import hosted
 from builder_orch.tunnel.carrier.choice import KINDS, Choice
 from tests.api.rig import bound
 from tests.cli.platform_here import platform_here
@@ -33,7 +33,7 @@ def chosen(monkeypatch: pytest.MonkeyPatch) -> list[Choice]:
         choices.append(choice)
         yield
 
-    monkeypatch.setattr(hosted, "hosting", hosting)
+    monkeypatch.setattr(shared, "hosting", hosting)
     for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy", "SSL_CERT_FILE"):
         monkeypatch.delenv(name, raising=False)
     return choices

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from builder_orch.agent.call import end_agent
+from builder_orch.agent.client import AgentTunnel
 from builder_orch.agent.place import Place
 from builder_orch.agent.server import Terms
 from builder_orch.api.client import Platform
@@ -71,7 +72,7 @@ class Desk:
         """One command's tunnel, its own address inside, and what was said."""
         said: list[Event] = []
         call = await self.served.call()
-        shared = SharedTunnel(self.served.place, call, self.peers, choice)
+        shared = SharedTunnel(self.served.place, AgentTunnel(call), self.peers, choice)
         try:
             config = await shared.peer(US, said.append)
         except BaseException:
@@ -126,7 +127,7 @@ async def test_commands_that_begin_together_make_one_peer(desk: Desk) -> None:
 
 async def test_another_way_to_the_gateway_needs_another_peer(desk: Desk) -> None:
     call = await desk.served.call()
-    shared = SharedTunnel(desk.served.place, call, desk.peers, UDP)
+    shared = SharedTunnel(desk.served.place, AgentTunnel(call), desk.peers, UDP)
     config = await shared.peer(US, lambda _: None)
     async with shared.open_tunnel(config) as tunnel:
         assert await desk.taken(Choice("auto")) != str(config.address)
@@ -135,9 +136,10 @@ async def test_another_way_to_the_gateway_needs_another_peer(desk: Desk) -> None
 
 async def test_an_agent_that_leaves_is_replaced(desk: Desk) -> None:
     early = await desk.served.call()
-    shared = SharedTunnel(desk.served.place, early, desk.peers, UDP)
+    shared = SharedTunnel(desk.served.place, AgentTunnel(early), desk.peers, UDP)
     config = await shared.peer(US, lambda _: None)
-    late = SharedTunnel(desk.served.place, await desk.served.call(), desk.peers, UDP)
+    second = AgentTunnel(await desk.served.call())
+    late = SharedTunnel(desk.served.place, second, desk.peers, UDP)
     async with shared.open_tunnel(config) as tunnel:
         retiring = await desk.served.call()
         await asyncio.to_thread(retiring.ask, {"do": "retire", "now": False})

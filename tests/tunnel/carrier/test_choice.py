@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from builder_orch.errors import TunnelNotUp
-from builder_orch.tunnel.carrier.choice import AUTO, KINDS, UDP, WEBSOCKET, Choice, open_carrier
+from builder_orch.tunnel.carrier.choice import AUTO, KINDS, UDP, WEBSOCKET, Choice
 from builder_orch.tunnel.carrier.memory import ENTRIES, EXPIRY_S, Memory
+from builder_orch.tunnel.carrier.opening import gate_of, open_carrier
 from builder_orch.tunnel.carrier.proxy import Outside
 from builder_orch.tunnel.carrier.websocket import Gate
 from builder_orch.tunnel.config import Door, PeerConfig, PrivateKey, PublicKey, TunnelConfig
@@ -70,7 +71,7 @@ async def test_what_was_asked_for_is_made(kind: str, made: str) -> None:
 def test_what_was_said_here_counts_more_than_what_the_platform_says(
     choice: Choice, told: Door | None, gate: Gate
 ) -> None:
-    assert choice.gate("gw", told) == gate
+    assert gate_of(choice, "gw", told) == gate
 
 
 async def test_where_the_platform_says_is_called() -> None:

@@ -14,8 +14,9 @@ import pytest
 
 from builder_orch.errors import TunnelNotUp
 from builder_orch.tunnel.carrier import REFUSED, SILENT
-from builder_orch.tunnel.carrier.choice import AUTO, UDP, Choice, open_carrier
+from builder_orch.tunnel.carrier.choice import AUTO, UDP, Choice
 from builder_orch.tunnel.carrier.families import UdpFamilies
+from builder_orch.tunnel.carrier.opening import open_carrier
 from builder_orch.tunnel.carrier.udp import UdpCarrier
 from builder_orch.tunnel.config import PeerConfig, PrivateKey, TunnelConfig
 from builder_orch.tunnel.driver import Tunnel, open_tunnel
