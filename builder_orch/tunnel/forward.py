@@ -56,7 +56,8 @@ async def forward_port(
 ) -> AsyncGenerator[int]:
     """Listen on a local TCP port (0: a free one, which is yielded) and forward callers to
     `host`:`port` inside. OSError (EADDRINUSE) if it is taken; `failed` hears of callers that could
-    not be connected, who see a reset. What is still open at the end of the block is reset.
+    not be connected, who see a reset. What is still open at the end of the block is reset. Any
+    other failure than an OSError is a defect: it resets its caller and is raised out of the block.
     """
     family = socket.AF_INET6 if ":" in bind else socket.AF_INET
     with socket.create_server((bind, local_port), family=family, backlog=BACKLOG) as listener:
@@ -96,12 +97,27 @@ async def _accepting(
     listener.setblocking(False)
     loop = asyncio.get_running_loop()
     callers: set[asyncio.Task[None]] = set()
+    defects: list[BaseException] = []
+    owner = asyncio.current_task()
+    assert owner is not None
+
+    def ended(task: asyncio.Task[None]) -> None:
+        callers.discard(task)
+        error = None if task.cancelled() else task.exception()
+        if error is not None and not ending:
+            defects.append(error)
+            ending.append(task)
+            owner.cancel()
 
     async def connect(caller: socket.socket) -> None:
         try:
             await tunnel.attach(caller, host, port, timeout_s=DIAL_TIMEOUT_S)
         except OSError as error:
             failed(error)
+        except BaseException:
+            # Whatever it did before it failed: nobody may be left waiting.
+            _reset(caller)
+            raise
 
     async def accept() -> None:
         while True:
@@ -114,16 +130,24 @@ async def _accepting(
             caller.setblocking(False)
             task = asyncio.create_task(connect(caller))
             callers.add(task)
-            task.add_done_callback(callers.discard)
+            task.add_done_callback(ended)
 
+    ending: list[asyncio.Task[None]] = []
     accepting = asyncio.create_task(accept())
+    accepting.add_done_callback(ended)
     try:
-        yield
-    finally:
-        ending = [accepting, *callers]
-        for task in ending:
-            task.cancel()
-        await asyncio.gather(*ending, return_exceptions=True)
+        try:
+            yield
+        finally:
+            ending += [accepting, *callers]
+            for task in ending:
+                task.cancel()
+            await asyncio.gather(*ending, return_exceptions=True)
+    except asyncio.CancelledError:
+        # Only if nobody else cancelled us as well.
+        if defects and owner.uncancel() == 0:
+            raise defects[0] from None
+        raise
 
 
 async def splice(near: socket.socket, far: socket.socket) -> None:

@@ -5,7 +5,7 @@ import os
 import socket
 import stat
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -157,6 +157,46 @@ async def test_who_could_not_be_connected_is_told_of(kind: str, far: FarEnd, hom
                 await reader.read()
     writer.close()
     assert failures == [far.failure]
+
+
+class Wrong:
+    """What does not do what a tunnel does, as by a mistake of ours."""
+
+    async def attach(self, sock: socket.socket, host: str, port: int, *, timeout_s: float) -> None:
+        raise AttributeError("no such thing")
+
+
+@BOTH
+async def test_a_defect_ends_the_forward_and_lets_its_caller_go(kind: str, home: Path) -> None:
+    path, loop = str(home / "s"), asyncio.get_running_loop()
+    family = socket.AF_UNIX if kind == "unix" else socket.AF_INET
+
+    async def forward(caller: socket.socket) -> None:
+        if kind == "unix":
+            async with forward_unix(Wrong(), "fd::1", 7, path):
+                await loop.sock_connect(caller, path)
+                await asyncio.Event().wait()
+        else:
+            async with forward_port(Wrong(), "fd::1", 7) as port:
+                await loop.sock_connect(caller, ("127.0.0.1", port))
+                await asyncio.Event().wait()
+
+    with socket.socket(family) as caller:
+        caller.setblocking(False)
+        async with asyncio.timeout(10):
+            with pytest.raises(AttributeError, match="no such thing"):
+                await forward(caller)
+            with suppress(ConnectionResetError):
+                assert await loop.sock_recv(caller, 1) == b""
+
+
+async def test_a_failure_of_the_block_is_its_own(far: FarEnd, home: Path) -> None:
+    async def fail() -> None:
+        async with forward_unix(Dialled(far.dial), "fd::1", 7, str(home / "s")):
+            raise ValueError("the block's")
+
+    with pytest.raises(ValueError, match="the block's"):
+        await fail()
 
 
 async def test_a_unix_socket_is_its_owners_alone_and_gone_afterwards(
