@@ -39,6 +39,7 @@ from builder_orch.api.models import (
     Region,
     Release,
     Secret,
+    told_installed,
 )
 from builder_orch.api.transport import authorization, checked_url, is_this_machine, open_transport
 from builder_orch.errors import (
@@ -245,6 +246,11 @@ class Platform:
         asked = {str(address): address for address in addresses}
         answer = await self._mutate("ValidateWireGuardPeers", {"peerIps": list(asked)})
         return [asked[text] for text in answer.texts("invalidPeerIps") if text in asked]
+
+    async def is_installed(self, address: IPv6Address) -> bool | None:
+        """Does its gateway answer this peer of ours? None where the platform does not say."""
+        answer = await self._mutate("ValidateWireGuardPeers", {"peerIps": [str(address)]})
+        return told_installed(answer.extensions, address)
 
     async def peers(self, organization: Organization) -> list[Granted]:
         """All keys that are let into the organization's network."""

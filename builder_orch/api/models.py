@@ -366,6 +366,16 @@ def told_door(extensions: object) -> Door | None:
             return None
 
 
+def told_installed(extensions: object, address: IPv6Address) -> bool | None:
+    """Whether its gateway answers a peer, by the extension `gateway: {installedPeerIps}`; None
+    where that is not said."""
+    match extensions:
+        case {"gateway": {"installedPeerIps": [*told]}}:
+            return str(address) in told
+        case _:
+            return None
+
+
 @dataclass(frozen=True, slots=True)
 class Builder:
     """A machine with a Docker engine at `address`, reached through the tunnel."""

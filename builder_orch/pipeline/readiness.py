@@ -33,24 +33,36 @@ LAST_WORD_S = 3.0
 DENIALS = 2
 """Times that the platform must disown a peer before we believe it."""
 
+MORE_TIME = (
+    "Give it more time with --tunnel-timeout: a new peer may take 95 s. If that does not help, the "
+    "gateway has another key than the platform says."
+)
+
 Report = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """What the platform says; None where it says nothing, and `trouble` is why."""
+    """What the platform says; None where it says nothing, and `trouble` is why.
+
+    `installed` is whether the gateway was told of the peer, which few platforms know.
+    """
 
     knows_peer: bool | None = None
     has_gateway: bool | None = None
     trouble: str = ""
+    installed: bool | None = None
 
     def __str__(self) -> str:
         if self.knows_peer is False:
             return "the platform does not know the peer"
         if self.has_gateway is False:
             return "the platform says its gateway is not available"
+        if self.installed is not None:
+            told = "so does its gateway" if self.installed else "its gateway was not told of it yet"
+            return f"the platform knows the peer, {told}"
         if self.knows_peer:
-            return "the platform knows the peer"
+            return "the platform knows the peer, and does not say whether its gateway does"
         return f"the platform cannot be asked ({self.trouble})" if self.trouble else ""
 
 
@@ -66,9 +78,11 @@ class Witness:
         try:
             unknown = await self.platform.validate_peers([self.address])
             region = await self.platform.nearest_region()
+            installed = await self.platform.is_installed(self.address)
         except BuilderOrchError as error:
             return Evidence(trouble=str(error))
-        return Evidence(self.address not in unknown, region.available)
+        known = self.address not in unknown
+        return Evidence(known, region.available, installed=installed if known else None)
 
 
 class Readiness:
@@ -182,10 +196,16 @@ def judge(signs: Sequence[Sign], evidence: Evidence, limit_s: float, said: str =
             hint="Wait and run it again; it is for those who run the platform to mend.",
         )
     if websocket is not None and websocket.state == OPEN:
+        if evidence.installed:
+            return TunnelNotUp(
+                f"the gateway is reached ({where}) but does not answer this peer {within}, though "
+                f"it knows it; {evidence}",
+                hint="The gateway may have another key than the platform says, or another machine "
+                "a copy of this peer and a later clock: fly-build wireguard reset.",
+            )
         return PeerNotInstalled(
             f"the gateway is reached ({where}) but does not know this peer {within}; {evidence}",
-            hint="Give it more time with --tunnel-timeout: a new peer may take 95 s. If that does "
-            "not help, the gateway has another key than the platform says.",
+            hint=MORE_TIME,
         )
     states = {sign.state for sign in (udp, websocket) if sign is not None}
     if states == {REFUSED}:
@@ -193,21 +213,32 @@ def judge(signs: Sequence[Sign], evidence: Evidence, limit_s: float, said: str =
             f"the gateway's host refuses us ({where}): the gateway does not run there",
             hint="Wait and run it again; on a platform of your own: fly-build selfhost status.",
         )
+    if evidence.installed is False:
+        return PeerNotInstalled(
+            f"no answer {within} over {where or 'any way'}; {evidence}. Whether it would answer "
+            "this way cannot be seen before",
+            hint=MORE_TIME,
+        )
     if udp is not None and websocket is not None:
         return UdpBlocked(
             f"neither way to the gateway leads there {within}: {_each(signs)}; {evidence}",
             hint="Let UDP or HTTPS to that address out of this network, or set HTTPS_PROXY. If "
             "others do not get there either, the gateway is down.",
         )
-    if udp is not None and (udp.state == BARRED or (evidence.knows_peer and limit_s >= INSTALL_S)):
+    waited = evidence.installed or (evidence.knows_peer and limit_s >= INSTALL_S)
+    if udp is not None and (udp.state == BARRED or waited):
         return UdpBlocked(
             f"UDP does not get to the gateway and back {within}: {_each(signs)}; {evidence}",
-            hint="Take another way: --carrier auto goes over HTTPS where UDP is blocked.",
+            hint="Take another way: --carrier auto goes over HTTPS where UDP is blocked, and shows "
+            "whether it is the gateway that does not answer.",
         )
+    known = f"; {evidence}" if evidence != Evidence() else ""
     return TunnelNotUp(
-        f"the gateway did not answer {within}: {said or where or 'no way to it was tried'}",
+        f"the gateway did not answer {within}: {said or where or 'no way to it was tried'}{known}. "
+        "A network that blocks this way and a peer that is not installed yet look the same from "
+        "here",
         hint="Give it more time with --tunnel-timeout, and more ways with --carrier auto: those "
-        "tell a blocked network from a peer that is not installed yet.",
+        "tell one from the other.",
     )
 
 

@@ -45,6 +45,7 @@ class Gateway:
         self._install_delay_s = install_delay_s
         self._doors: dict[IPv6Address, int | None] = {}
         self._delayed: dict[PublicKey, asyncio.TimerHandle] = {}
+        self._installed: dict[PublicKey, IPv6Address] = {}
         self.public_key = public_key
         self.endpoint = endpoint
 
@@ -54,19 +55,27 @@ class Gateway:
         A gateway made with `install_delay_s` returns at once and does not know the peer for that
         long, like a platform whose gateways are told later: a way to see how clients wait.
         """
-        network = IPv6Network((address, PEER_PREFIX), strict=False)
-        peer = PeerConfig(public_key, (network,))
         if self._install_delay_s > 0:
             self._forget(public_key)
             self._delayed[public_key] = asyncio.get_running_loop().call_later(
-                self._install_delay_s, self._tunnel.add_peer, peer
+                self._install_delay_s, self._install, public_key, address
             )
         else:
-            self._tunnel.add_peer(peer)
+            self._install(public_key, address)
+
+    def _install(self, public_key: PublicKey, address: IPv6Address) -> None:
+        network = IPv6Network((address, PEER_PREFIX), strict=False)
+        self._tunnel.add_peer(PeerConfig(public_key, (network,)))
+        self._installed[public_key] = address
+
+    def installed(self) -> set[IPv6Address]:
+        """The addresses of the peers that are answered."""
+        return set(self._installed.values())
 
     async def remove(self, public_key: PublicKey) -> None:
         """From now on the peer is a stranger."""
         self._forget(public_key)
+        self._installed.pop(public_key, None)
         self._tunnel.remove_peer(public_key)
 
     def _forget(self, public_key: PublicKey) -> None:

@@ -58,6 +58,10 @@ class Gateway(Protocol):
         """Shut a key out; nothing happens when it was not in."""
         ...
 
+    def installed(self) -> set[IPv6Address]:
+        """The addresses of the peers that it answers."""
+        ...
+
 
 class Builder(Protocol):
     """What has a Docker engine for those inside."""
@@ -368,6 +372,10 @@ async def _validate_peers(asker: Asker, given: Given) -> View:
     organizations = asker.store.organizations(asker.token)
     seen = asker.store.seen_peers(organizations, addresses.values())
     valid = [text for text in asked if addresses.get(text) in seen]
+    # Not a field, as above: whether a peer that we know is known to the gateway by now.
+    installed = asker.services.gateway.installed()
+    told = [text for text in valid if addresses[text] in installed]
+    asker.extensions["gateway"] = {"installedPeerIps": told}
     return {
         "validPeerIps": valid,
         "invalidPeerIps": [text for text in asked if text not in set(valid)],

@@ -222,6 +222,10 @@ class FakeGateway:
         """Shut a peer out."""
         self.peers.pop(public_key, None)
 
+    def installed(self) -> set[IPv6Address]:
+        """Whom it answers."""
+        return set(self.peers.values())
+
 
 @dataclass
 class FakeBuilder:

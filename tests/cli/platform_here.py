@@ -50,6 +50,9 @@ class Front:
     async def remove(self, public_key: PublicKey) -> None:
         await self.gateway.remove(public_key)
 
+    def installed(self) -> set[IPv6Address]:
+        return self.gateway.installed()
+
 
 @dataclass
 class Here:

@@ -278,8 +278,8 @@ def test_udp_that_is_swallowed_is_told_from_a_gateway_that_is_down(here: Here) -
     with silent_port() as sock:
         here.front.elsewhere = sock.getsockname()
         result = command(here, "status", "--carrier", "udp", "--tunnel-timeout", "1.2s")
-    said = failed(result, "RB-TUNNEL", Exit.TUNNEL_NOT_UP)
-    assert "handshake attempt 1 unanswered" in said
+    said = failed(result, "RB-UDP-BLOCKED", Exit.TUNNEL_NOT_UP)
+    assert "does not answer; the platform knows the peer, so does its gateway" in said
     assert "--carrier auto" in said
     assert here.names() == set()
 
@@ -312,6 +312,15 @@ def test_a_network_that_lets_neither_way_out_is_blamed(here: Here, home: Path) -
     said = failed(result, "RB-UDP-BLOCKED", Exit.TUNNEL_NOT_UP)
     assert "neither way to the gateway leads there" in said
     assert "cause: the network between here and the gateway" in said
+
+
+def test_a_peer_that_is_not_installed_is_told_by_the_platform_where_there_is_udp_alone(
+    here: Here,
+) -> None:
+    here.front.deaf = True
+    result = command(here, "status", "--carrier", "udp", "--tunnel-timeout", "1.2s")
+    said = failed(result, "RB-PEER-NOT-INSTALLED", Exit.TUNNEL_NOT_UP)
+    assert "its gateway was not told of it yet" in said
 
 
 @pytest.mark.long

@@ -47,6 +47,7 @@ class FakePlatform:
     updates: list[str] = field(default_factory=list)
     definitions: list[Mapping[str, object]] = field(default_factory=list)
     knows_peers: bool = True
+    installed: bool | None = None
     has_gateway: bool = True
     machine: str = "started"
     turns: list[tuple[str, bool, str]] = field(
@@ -105,6 +106,10 @@ class FakePlatform:
     async def validate_peers(self, addresses: Iterable[IPv6Address]) -> list[IPv6Address]:
         await self._called("validate_peers")
         return [] if self.knows_peers else list(addresses)
+
+    async def is_installed(self, address: IPv6Address) -> bool | None:
+        await self._called("is_installed")
+        return self.installed
 
     async def machine_state(self, app_name: str, machine_id: str) -> str:
         await self._called("machine_state")

@@ -193,7 +193,7 @@ def test_the_reason_the_second_witness_and_the_time_are_shown(
             assert first == "udp the air handshake attempt 1 unanswered; 1 of 12 s"
             attempt, known, elapsed = last.split("; ")
             assert attempt == "udp the air handshake attempt 3 unanswered"
-            assert known == "the platform knows the peer"
+            assert known == "the platform knows the peer, and does not say whether its gateway does"
             # The third handshake begins 10 to 10.67 s after the first.
             assert elapsed in {"10 of 12 s", "11 of 12 s"}
 
@@ -271,6 +271,8 @@ def websocket(state: str, said: str = "") -> Sign:
 
 
 KNOWN = Evidence(True, True)
+INSTALLED = Evidence(True, True, installed=True)
+NOT_YET = Evidence(True, True, installed=False)
 NOTHING = Evidence(trouble="no connection")
 
 
@@ -288,11 +290,18 @@ NOTHING = Evidence(trouble="no connection")
         ([udp(REFUSED), websocket(SILENT)], NOTHING, 120, UdpBlocked, "neither way"),
         ([udp(SILENT), websocket(FAILED, "407")], KNOWN, 120, UdpBlocked, "407"),
         ([udp(BARRED, "is forbidden")], NOTHING, 5, UdpBlocked, "is forbidden"),
-        ([udp(SILENT)], KNOWN, 120, UdpBlocked, "does not answer"),
+        ([udp(SILENT)], KNOWN, 120, UdpBlocked, "does not say whether its gateway"),
+        ([udp(SILENT)], INSTALLED, 10, UdpBlocked, "so does its gateway"),
+        ([udp(SILENT)], NOT_YET, 120, PeerNotInstalled, "not told of it yet. Whether it would"),
+        ([udp(SILENT), websocket(SILENT)], INSTALLED, 10, UdpBlocked, "neither way"),
+        ([udp(SILENT), websocket(SILENT)], NOT_YET, 10, PeerNotInstalled, "not told of it yet"),
+        ([udp(SILENT), websocket(OPEN)], INSTALLED, 10, TunnelNotUp, "though it knows it"),
+        ([udp(REFUSED)], NOT_YET, 10, GatewayDown, "does not run there"),
         ([udp(SILENT), udp(BARRED)], KNOWN, 10, TunnelNotUp, "the reason"),
         ([udp(BARRED), udp(REFUSED)], KNOWN, 120, GatewayDown, "does not run there"),
         ([udp(SILENT)], KNOWN, 10, TunnelNotUp, "within 10 s: the reason"),
         ([udp(SILENT)], NOTHING, 120, TunnelNotUp, "within 120 s: the reason"),
+        ([udp(SILENT)], NOTHING, 120, TunnelNotUp, "cannot be asked (no connection). A network"),
         ([websocket(SILENT)], KNOWN, 120, TunnelNotUp, "the reason"),
         ([], KNOWN, 120, TunnelNotUp, "the reason"),
     ],
@@ -317,6 +326,10 @@ def test_kinds_of_silence_differ_in_id_and_in_whose_fault_it_is() -> None:
 async def test_the_witness_asks_for_the_peer_and_for_the_gateway() -> None:
     platform = FakePlatform()
     assert await Witness(platform, CLIENT).ask() == Evidence(True, True)
+    platform.installed = False
+    assert await Witness(platform, CLIENT).ask() == NOT_YET
+    platform.knows_peers = False
+    assert await Witness(platform, CLIENT).ask() == Evidence(False, True)
     platform.has_gateway = False
     assert (await Witness(platform, CLIENT).ask()).has_gateway is False
     assert Region("a", "A").available

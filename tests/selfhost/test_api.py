@@ -256,6 +256,16 @@ async def test_which_peers_are_valid(host: Selfhost) -> None:
         assert await platform.validate_peers([peer.address, gone]) == [gone]
 
 
+async def test_which_peers_the_gateway_was_told_of(host: Selfhost) -> None:
+    async with host.platform() as platform:
+        organization = await platform.organization(None)
+        key = encode_key(public_key(new_key()))
+        peer = await platform.add_peer(organization, "p", key, region=None, ephemeral=False)
+        assert await platform.is_installed(peer.address) is True
+        host.gateway.peers.clear()
+        assert await platform.is_installed(peer.address) is False
+
+
 # --- a reply that is lost after the work was done
 
 

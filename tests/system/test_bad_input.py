@@ -279,8 +279,8 @@ def test_a_gateway_with_another_key_never_answers(embedded: Embedded, tmp_path: 
         folder = app(tmp_path / "app", SERVE, name="unheard")
         words = ("--create-app", "--tunnel-timeout", "2s")
         ended = embedded.run("deploy", folder, *words, **there)
-    lines = told(ended, "RB-PEER-NOT-INSTALLED", Exit.TUNNEL_NOT_UP)
-    assert "does not know this peer" in lines[0]
+    lines = told(ended, "RB-TUNNEL", Exit.TUNNEL_NOT_UP)
+    assert "does not answer this peer within 2 s, though it knows it" in lines[0]
     assert "another key" in lines[2]
     assert embedded.builds("unheard") == ["failed"]
     assert not embedded.peers(ended)

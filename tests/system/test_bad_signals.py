@@ -178,4 +178,5 @@ def test_a_second_signal_ends_at_once_and_says_so(embedded: Embedded, tmp_path: 
     assert (ended.code, ended.err) == (130, "")
     assert ended.events[-1]["t"] == "result"
     assert "at once" in ended.error["message"]
-    assert embedded.builds("twice") == ["running"]
+    # What was on its way to the platform by then is still carried out.
+    assert embedded.builds("twice") in (["running"], ["cancelled"])
