@@ -196,17 +196,7 @@ def judge(signs: Sequence[Sign], evidence: Evidence, limit_s: float, said: str =
             hint="Wait and run it again; it is for those who run the platform to mend.",
         )
     if websocket is not None and websocket.state == OPEN:
-        if evidence.installed:
-            return TunnelNotUp(
-                f"the gateway is reached ({where}) but does not answer this peer {within}, though "
-                f"it knows it; {evidence}",
-                hint="The gateway may have another key than the platform says, or another machine "
-                "a copy of this peer and a later clock: fly-build wireguard reset.",
-            )
-        return PeerNotInstalled(
-            f"the gateway is reached ({where}) but does not know this peer {within}; {evidence}",
-            hint=MORE_TIME,
-        )
+        return _reached(where, evidence, within)
     states = {sign.state for sign in (udp, websocket) if sign is not None}
     if states == {REFUSED}:
         return GatewayDown(
@@ -239,6 +229,21 @@ def judge(signs: Sequence[Sign], evidence: Evidence, limit_s: float, said: str =
         "here",
         hint="Give it more time with --tunnel-timeout, and more ways with --carrier auto: those "
         "tell one from the other.",
+    )
+
+
+def _reached(where: str, evidence: Evidence, within: str) -> TunnelNotUp:
+    """Why a gateway that certainly hears us does not answer."""
+    if evidence.installed:
+        return TunnelNotUp(
+            f"the gateway is reached ({where}) but does not answer this peer {within}, though it "
+            f"knows it; {evidence}",
+            hint="The gateway may have another key than the platform says, or another machine a "
+            "copy of this peer and a later clock: fly-build wireguard reset.",
+        )
+    return PeerNotInstalled(
+        f"the gateway is reached ({where}) but does not know this peer {within}; {evidence}",
+        hint=MORE_TIME,
     )
 
 
