@@ -3,9 +3,13 @@
 import asyncio
 import contextlib
 import hashlib
+import io
 import os
+import random
+import select
 import shutil
 import socket
+import tarfile
 from base64 import b64decode
 from collections.abc import Iterator
 from ipaddress import IPv6Address
@@ -26,6 +30,8 @@ from builder_orch.pipeline.stage import perform
 pytestmark = pytest.mark.system
 
 BUSYBOX = shutil.which("busybox")
+GIVE_UP_S = 120.0
+"""No answer here is meant to take so long, whatever else this machine does."""
 
 
 async def engine_at(path: Path) -> Engine:
@@ -179,6 +185,86 @@ async def test_a_context_cut_anywhere_makes_no_image(
     assert made == set()
     answer = raw.post(raw._url("/build"), data=iter([whole]))  # noqa: SLF001
     assert "Successfully built" in answer.text
+
+
+class Cutter:
+    """Sends a part of a context to an engine's socket and then leaves it in some way."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._held: list[socket.socket] = []
+
+    def cut(self, octets: bytes, how: str) -> bytes:
+        """What the engine said to that; nothing where nobody stayed to hear it."""
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        sock.settimeout(GIVE_UP_S)
+        sock.connect(str(self._path))
+        expecting = "Expect: 100-continue\r\n" if how == "rst" else ""
+        sock.sendall(
+            b"POST /build HTTP/1.1\r\nHost: docker\r\nConnection: close\r\n"
+            b"Content-Type: application/tar\r\nTransfer-Encoding: chunked\r\n"
+            + expecting.encode()
+            + b"\r\n"
+        )
+        if how == "rst":
+            # With its answer unread, the end of a local socket is a reset at the other one.
+            select.select([sock], [], [], GIVE_UP_S)
+        with contextlib.suppress(OSError):
+            # It may have heard enough and left.
+            sock.sendall(b"%x\r\n%b\r\n" % (len(octets), octets) if octets else b"")
+            if how == "chunk-end":
+                sock.sendall(b"0\r\n\r\n")
+        if how == "stall":
+            self._held.append(sock)
+            return b""
+        if how == "fin":
+            sock.shutdown(socket.SHUT_WR)
+        if how == "rst":
+            sock.close()
+            return b""
+        with sock:
+            return b"".join(iter(lambda: sock.recv(65536), b""))
+
+    def let_go(self) -> None:
+        """The end of those that stalled."""
+        for sock in self._held:
+            sock.close()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("how", ["fin", "rst", "stall", "chunk-end"])
+async def test_a_context_that_breaks_off_makes_no_image(
+    engine_socket: Path, root: Path, raw: docker.APIClient, how: str
+) -> None:
+    """At every boundary of the archive, one octet before and after, and anywhere else."""
+    chance = random.Random(how)
+    for number in range(6):
+        (root / f"f{number}").write_bytes(chance.randbytes(chance.randrange(3000)))
+    (root / "busybox").write_bytes(chance.randbytes(5000))
+    steps(root, "COPY . /all")
+    whole = b"".join(archive(scan(Directory(root), lambda _: None)))
+    with tarfile.open(fileobj=io.BytesIO(whole)) as tar:
+        ends = [(one.offset, one.offset_data, one.offset_data + one.size) for one in tar]
+    # The last octet that counts is that of the Dockerfile; behind it there is only padding.
+    last = ends[-1][2]
+    marks = {at + step for member in ends for at in member for step in (-1, 0, 1)}
+    cuts = sorted({at for at in marks if 0 <= at < last})
+    cuts += [chance.randrange(last) for _ in range(200)]
+    before = {one["Id"] for one in raw.images(all=True)}
+    cutter = Cutter(engine_socket)
+    try:
+        for cut in cuts:
+            answer = await asyncio.to_thread(cutter.cut, whole[:cut], how)
+            assert b"Successfully built" not in answer, cut
+            assert not answer or b" 500 " in answer or b"errorDetail" in answer, (cut, answer)
+        # The engine is done with those that left when it has done another one.
+        answer = await asyncio.to_thread(cutter.cut, whole, "chunk-end")
+        assert b"Successfully built" in answer
+        made = {one["Id"] for one in raw.images(all=True)} - before
+    finally:
+        cutter.let_go()
+    (image,) = [raw.history(one) for one in made if raw.inspect_image(one)["Parent"]]
+    assert {one["Id"] for one in image if one["Id"] != "<missing>"} == made
 
 
 async def test_an_engine_that_was_never_there_is_lost(tmp_path: Path) -> None:
