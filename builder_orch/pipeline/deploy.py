@@ -43,6 +43,7 @@ from builder_orch.pipeline.provision import Authorize, Provision
 from builder_orch.pipeline.push import Push, Pushed
 from builder_orch.pipeline.release import Publish, Released
 from builder_orch.pipeline.remember import Circumstances, remembering
+from builder_orch.pipeline.room import Room
 from builder_orch.pipeline.stage import perform
 from builder_orch.pipeline.tunnel import Reach
 from builder_orch.pipeline.verify import Address, Answered, Verify
@@ -160,11 +161,16 @@ async def deploy(order: Order, world: World, emit: Emit) -> Deployed:
             reached = await perform(reach, builder, record.emit, limit_s=limit_s)
             patience = Patience(limits.build_s, limits.stall_s)
 
+            room = Room(record.emit)
+
             async def work(engine: Engine) -> Deployed:
                 return await make(order, world, engine, context, app, record, patience)
 
+            async def with_room(engine: Engine) -> Deployed:
+                return await room.within(engine, work)
+
             way = Return(world, app, builder, reached.tunnel, record.emit)
-            made = await persist(reached.engine, work, way, record.emit)
+            made = await persist(reached.engine, with_room, way, record.emit)
         built, pushed = made.built, made.pushed
         if not order.release or built is None or pushed is None:
             return made

@@ -88,7 +88,7 @@ def test_prune_throws_caches_away_and_images_as_far_as_asked(
 
 def nonsense(world: FakeWorld) -> None:
     world.engine.info = {"ServerVersion": 7}
-    world.engine.freeing = False
+    world.engine.freed = {"message": "?"}
 
 
 def silent(world: FakeWorld) -> None:

@@ -98,7 +98,7 @@ class FakeEngine:
             "BuildCache": [{"Size": 2_000_000}, {"Size": 1_000_000}, "garbage"],
         }
     )
-    freeing: bool = True
+    freed: object = field(default_factory=lambda: {"SpaceReclaimed": 1_500_000})
     reading: asyncio.Event = field(default_factory=asyncio.Event)
     refuse: int = 0
     kit: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]] | None = None
@@ -200,8 +200,7 @@ class FakeEngine:
             case "GET", ["system", "df"]:
                 await self._play(writer, 200, [json.dumps(self.held).encode()])
             case "POST", ["images" | "build", "prune"]:
-                freed = {"SpaceReclaimed": 1_500_000} if self.freeing else {"message": "?"}
-                await self._play(writer, 200, [json.dumps(freed).encode()])
+                await self._play(writer, 200, [json.dumps(self.freed).encode()])
             case "POST", ["grpc"]:
                 await self._play(writer, 404, [message(message="page not found")])
             case "POST", ["build"]:

@@ -4,7 +4,7 @@ import os
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,19 +62,12 @@ def forsaking(
     """The same, begun."""
     _skip_without_engine()
     root = tmp_path_factory.mktemp("apps")
-    folder = tempfile.TemporaryDirectory(prefix="fly-")
-    platform = Embedded(Path(folder.name))
-    disk = platform.root / "engine"
-    disk.mkdir(parents=True, mode=0o700)
-    small = ["mount", "-t", "tmpfs", "-o", "size=200m,mode=0700", "fly-build", str(disk)]
-    subprocess.run(small, check=True)
+    platform, disk, leave = with_small_disk(200)
     pool = ThreadPoolExecutor(3)
 
     def end() -> None:
         pool.shutdown()
-        platform.run("selfhost", "stop")
-        subprocess.run(["umount", str(disk)], check=True)
-        folder.cleanup()
+        leave()
 
     def begin() -> Forsaken:
         assert platform.run("selfhost", "start").code == 0
@@ -85,7 +78,7 @@ def forsaking(
             large.truncate(250_000_000)
         full.append(platform.run("deploy", wide, FLY_BUILD_BUILDER="buildkit"))
         pruned = platform.run("builder", "prune", "--app", "full", "--output", "json")
-        _await_room(disk, platform)
+        await_room(disk, platform, ROOM)
         building, pushing = _forsake(platform, root, pool)
         return Forsaken(platform, full, pruned, building, pushing)
 
@@ -99,7 +92,24 @@ def forsaken(forsaking: "Future[Forsaken]") -> Forsaken:
     return forsaking.result()
 
 
-def _await_room(disk: Path, platform: Embedded) -> None:
+def with_small_disk(megabytes: int) -> tuple[Embedded, Path, Callable[[], None]]:
+    """A platform that was not started yet, the disk of its engine, and how all of it ends."""
+    folder = tempfile.TemporaryDirectory(prefix="fly-")
+    platform = Embedded(Path(folder.name))
+    disk = platform.root / "engine"
+    disk.mkdir(parents=True, mode=0o700)
+    options = f"size={megabytes}m,mode=0700"
+    subprocess.run(["mount", "-t", "tmpfs", "-o", options, "fly-build", str(disk)], check=True)
+
+    def end() -> None:
+        platform.run("selfhost", "stop")
+        subprocess.run(["umount", str(disk)], check=True)
+        folder.cleanup()
+
+    return platform, disk, end
+
+
+def await_room(disk: Path, platform: Embedded, octets: int) -> None:
     """Until the engine has let go of what a failed copy has written.
 
     BuildKit forgets to close that file, which is left to the engine's garbage collector; to be
@@ -107,7 +117,7 @@ def _await_room(disk: Path, platform: Embedded) -> None:
     """
     until = time.monotonic() + LIMIT_S
     with platform.engine() as engine:
-        while (found := os.statvfs(disk)).f_bavail * found.f_frsize < ROOM:
+        while (found := os.statvfs(disk)).f_bavail * found.f_frsize < octets:
             assert time.monotonic() < until, "the disk stays full"
             engine.info()
 

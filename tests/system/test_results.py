@@ -21,7 +21,7 @@ import pytest
 
 from builder_orch.buildkit.messages import Cache
 from builder_orch.buildkit.sshagent import KeyAgent
-from builder_orch.errors import BuildFailed, UsageFailure
+from builder_orch.errors import BuildFailed, LocalDiskFull, UsageFailure
 from builder_orch.events import Event, Log
 from builder_orch.pipeline.build import Build, Built, Send, building
 from builder_orch.pipeline.context import Directory, scan
@@ -179,6 +179,32 @@ async def test_a_result_that_cannot_be_written_says_so(
         with pytest.raises(UsageFailure, match="cannot be written"):
             await build(engine, root, replace(RECIPE, output=output))
     assert (tmp_path / "out" / "id").is_file()
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Iterator[Path]:
+    """A disk of two megabytes."""
+    place = tmp_path / "small"
+    place.mkdir()
+    ran("mount", "-t", "tmpfs", "-o", "size=2m", "fly-build", str(place))
+    yield place
+    ran("umount", str(place))
+
+
+@pytest.mark.parametrize("form", [Form.LOCAL, Form.TAR])
+async def test_a_result_that_finds_no_room_here_is_told_apart_and_leaves_nothing(
+    engine_socket: Path, root: Path, small: Path, form: Form
+) -> None:
+    (root / "large").write_bytes(os.urandom(3_000_000))
+    dockerfile(root, "COPY large id /")
+    engine = await connect(engine_socket)
+    recipe = replace(RECIPE, output=Output(form, small / "out"))
+    with pytest.raises(LocalDiskFull, match="no room for the result"):
+        await build(engine, root, recipe)
+    assert names(small) == []
+    (root / "large").write_bytes(b"not so large")
+    await build(engine, root, recipe)
+    assert names(small) == ["out"]
 
 
 async def test_an_image_comes_as_an_archive_and_into_an_engine_here(
