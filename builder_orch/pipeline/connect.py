@@ -64,7 +64,7 @@ async def reached(app: str, world: World, emit: Emit, host: str) -> AsyncGenerat
     provision = Provision(world.platform, limits.provision_s)
     builder = (await perform(provision, found, emit, limit_s=limits.provision_s)).builder
     async with AsyncExitStack() as closing:
-        reach = Reach(world, found.organization, closing, host)
+        reach = Reach(world, found, closing, host)
         limit_s = limits.handshake_s + limits.resolver_s + limits.engine_s
         yield await perform(reach, builder, emit, limit_s=limit_s)
 

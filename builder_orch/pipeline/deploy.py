@@ -156,7 +156,7 @@ async def deploy(order: Order, world: World, emit: Emit) -> Deployed:
     # The tunnel outlives the build: the release is asked through it.
     async with AsyncExitStack() as closing:
         async with recorded(world.platform, app, builder, emit) as record:
-            reach = Reach(world, app.organization, closing, order.host)
+            reach = Reach(world, app, closing, order.host)
             limit_s = limits.handshake_s + limits.resolver_s + limits.engine_s
             reached = await perform(reach, builder, record.emit, limit_s=limit_s)
             patience = Patience(limits.build_s, limits.stall_s)

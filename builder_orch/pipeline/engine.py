@@ -50,6 +50,11 @@ VIGIL_AGAIN_S = 3.0
 VIGIL_MISSES = 3
 """So many pings without an answer, and nothing else heard meanwhile, mean that it is gone."""
 
+ASKED_AGAIN = (0.05, 0.2)
+"""The shares of a wait for an engine after which the platform is asked for the builder again."""
+
+Again = Callable[[], Awaitable[IPv6Address]]
+"""Asks for the builder again; where it is now."""
 Dial = Callable[[str, int], Awaitable[socket.socket]]
 Pause = Callable[[float], Awaitable[None]]
 Take = Callable[[bytes], None]
@@ -401,20 +406,27 @@ class Engine:
 
 
 async def wait_for_engine(
-    engine: Engine, report: Callable[[str], None], *, limit_s: float
+    engine: Engine, report: Callable[[str], None], *, limit_s: float, again: Again | None = None
 ) -> Engine:
-    """Ask until it answers; the same engine with the API version that it speaks.
+    """Ask until it answers; the engine with the API version that it speaks.
 
-    BuilderNotProvisioned after `limit_s`, with the reason of the last attempt.
+    An engine may have died after the platform was asked for it, which starts it `again` for whoever
+    asks. BuilderNotProvisioned after `limit_s`, with the reason of the last attempt.
     """
+    began, there = time.monotonic(), engine
+    due = [began + share * limit_s for share in ASKED_AGAIN]
 
     async def attempt() -> Engine:
+        nonlocal there
         try:
-            await engine.ping()
-            version = await engine.api_version()
+            await there.ping()
+            version = await there.api_version()
         except (BuilderLost, Refused) as error:
+            if again is not None and due and time.monotonic() >= due[0]:
+                del due[0]
+                there = replace(there, address=await again())
             raise _NotYet(str(error)) from None
-        return replace(engine, version=version)
+        return replace(there, version=version)
 
     def tell(state: RetryCallState) -> None:
         assert state.outcome is not None

@@ -7,6 +7,7 @@ of the user's. Here are the limits for engines that are there.
 import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from ipaddress import IPv6Address
 from typing import ClassVar, TypeVar
 
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt
@@ -14,7 +15,6 @@ from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt
 from builder_orch.api.models import App, Builder
 from builder_orch.errors import (
     BuilderLost,
-    BuilderNotProvisioned,
     BuilderOrchError,
     BuildStalled,
     BuildTimedOut,
@@ -30,13 +30,11 @@ from builder_orch.events import (
     StepFinished,
     Warned,
 )
-from builder_orch.pipeline.engine import Engine, wait_for_engine
+from builder_orch.pipeline.engine import Again, Engine, wait_for_engine
 from builder_orch.pipeline.outside import Tunnel, World
-from builder_orch.pipeline.provision import Provision
+from builder_orch.pipeline.provision import Provision, Ready
 from builder_orch.pipeline.stage import perform
 
-ASKED_AGAIN = (0.05, 0.15, 0.8)
-"""The shares of the time for a return after which the platform is asked for the builder again."""
 RETURNS = 2
 """How often a run goes back to a builder that was lost, or to the one in its place."""
 
@@ -151,7 +149,7 @@ class GoBack:
 
     world: World
     tunnel: Tunnel
-    limit_s: float
+    again: Again
     name: ClassVar[str] = "tunnel"
 
     async def run(self, given: Builder, emit: Emit) -> Back:
@@ -166,7 +164,8 @@ class GoBack:
         engine = await wait_for_engine(
             Engine(given.address, self.tunnel.dial, pause=self.world.pause, emit=emit),
             report,
-            limit_s=self.limit_s,
+            limit_s=self.world.limits.return_s,
+            again=self.again,
         )
         return Back(engine, given)
 
@@ -187,24 +186,22 @@ class Return:
         A platform that was asked in the moment of the loss may not have noticed it yet, so it is
         asked again when the engine does not answer soon.
         """
-        *soon, last = ASKED_AGAIN
-        for share in soon:
-            try:
-                return await self._ask(share * self.world.limits.return_s)
-            except BuilderNotProvisioned:
-                continue
-        return await self._ask(last * self.world.limits.return_s)
-
-    async def _ask(self, limit_s: float) -> Engine:
         limits = self.world.limits
         provision = Provision(self.world.platform, limits.provision_s)
-        ready = await perform(provision, self.app, self.emit, limit_s=limits.provision_s)
+        self._take(await perform(provision, self.app, self.emit, limit_s=limits.provision_s))
+        going = GoBack(self.world, self.tunnel, self._again)
+        return (await perform(going, self.builder, self.emit, limit_s=limits.return_s)).engine
+
+    async def _again(self) -> IPv6Address:
+        provision = Provision(self.world.platform, self.world.limits.return_s)
+        self._take(await provision.run(self.app, self.emit))
+        return self.builder.address
+
+    def _take(self, ready: Ready) -> None:
         if ready.builder.machine_id != self.builder.machine_id:
             said = f"{ready.builder.machine_id} takes the place of {self.builder.machine_id}"
             self.emit(Warned("builder-replaced", f"machine {said}; its cache may be cold"))
         self.builder = ready.builder
-        going = GoBack(self.world, self.tunnel, limit_s)
-        return (await perform(going, self.builder, self.emit, limit_s=limit_s)).engine
 
 
 async def persist(

@@ -4,14 +4,16 @@ import asyncio
 import contextlib
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from ipaddress import IPv6Address
 from typing import ClassVar
 
-from builder_orch.api.models import Builder, Organization
+from builder_orch.api.models import App, Builder
 from builder_orch.errors import BuilderNotProvisioned, BuilderOrchError, ResolverDown
 from builder_orch.events import Emit, PhaseReason, Transport, Warned
 from builder_orch.pipeline.engine import Engine, wait_for_engine
 from builder_orch.pipeline.outside import Limits, OpenTunnel, Platform, Tunnel, World
 from builder_orch.pipeline.peer import AddPeer
+from builder_orch.pipeline.provision import Provision
 from builder_orch.pipeline.readiness import Readiness, Witness
 from builder_orch.tunnel.carrier import Route
 from builder_orch.tunnel.config import TunnelConfig
@@ -104,7 +106,7 @@ class Reach:
     """All of it, as one phase: who waits for a tunnel does not care for its parts."""
 
     world: World
-    organization: Organization
+    app: App
     closing: AsyncExitStack
     host: str
     name: ClassVar[str] = "tunnel"
@@ -115,12 +117,16 @@ class Reach:
         if take is None:
             own = AddPeer(world.platform, self.closing, self.host, world.keyring, world.identity)
             take = own.run
-        config = await take(self.organization, emit)
+        config = await take(self.app.organization, emit)
         opening = Open(world.open_tunnel, self.closing, world.limits, world.platform)
         tunnel, handshake_s = await opening.run(config, emit)
 
         def report(reason: str) -> None:
             emit(PhaseReason(self.name, reason))
+
+        async def again() -> IPv6Address:
+            provision = Provision(world.platform, world.limits.return_s)
+            return (await provision.run(self.app, emit)).builder.address
 
         report(f"waiting for the engine at [{given.address}]")
         try:
@@ -128,6 +134,7 @@ class Reach:
                 Engine(given.address, tunnel.dial, pause=world.pause, emit=emit),
                 report,
                 limit_s=world.limits.engine_s,
+                again=again,
             )
         except BuilderNotProvisioned as error:
             says = await _machine_state(world.platform, given)
