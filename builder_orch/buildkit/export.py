@@ -12,7 +12,7 @@ import secrets
 import shutil
 import stat
 import tempfile
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, Protocol
@@ -24,6 +24,8 @@ PREFIX = ".fly-build-"
 """How what has not arrived yet is called, beside its place."""
 KEPT_BITS = 0o777 | stat.S_ISVTX
 """Of a file's mode: whose program it is when somebody runs it is not for a builder to say."""
+OWN_XATTRS = "user."
+"""How the extended attributes begin that mean nothing to the system."""
 
 
 class Unsafe(Exception):
@@ -247,8 +249,7 @@ class _Receiving:
             os.close(self._open.pop(number))
         if size != told.size:
             raise Unsafe(f"{name} has {size} bytes instead of {told.size}")
-        path.chmod(st_mode(told.mode) & KEPT_BITS)
-        _set_time(path, told)
+        _set_marks(path, told)
 
 
 @dataclass(frozen=True, slots=True)
@@ -305,8 +306,19 @@ def _is_below(name: str, tops: set[str]) -> bool:
 def _finish(place: Path, directories: dict[str, Stat], names: list[str]) -> None:
     """Modes and times of directories, the innermost first: nothing changes in them any more."""
     for name in reversed(names):
-        (place / name).chmod(st_mode(directories[name].mode) & KEPT_BITS)
-        _set_time(place / name, directories[name])
+        _set_marks(place / name, directories[name])
+
+
+def _set_marks(path: Path, told: Stat) -> None:
+    """Attributes, mode and time of what is whole; of a file or a directory that we have made."""
+    for name, value in told.xattrs.items():
+        # All others mean something to the system: capabilities, labels, rights of access.
+        if name.startswith(OWN_XATTRS):
+            with suppress(OSError, ValueError):
+                # Not every file system has them, or room for that many; ValueError: a NUL in it.
+                os.setxattr(path, name, value, follow_symlinks=False)
+    path.chmod(st_mode(told.mode) & KEPT_BITS)
+    _set_time(path, told)
 
 
 def _set_time(path: Path, told: Stat) -> None:

@@ -13,6 +13,7 @@ from typing import Self
 from builder_orch.buildkit.wire import (
     bytes_field,
     entry,
+    entry_of_octets,
     fields,
     map_field,
     message_field,
@@ -78,6 +79,10 @@ class PacketKind(IntEnum):
     ERR = 4
 
 
+XATTRS = 10
+"""The field of a Stat that comes once for each attribute."""
+
+
 @dataclass(frozen=True, slots=True)
 class Stat:
     """What a file is; `mode` in Go's bits, `mtime_ns` since 1970, owner and group always 0."""
@@ -91,14 +96,22 @@ class Stat:
 
     @classmethod
     def decode(cls, octets: bytes) -> Self:
-        """What a sender tells of a file, without its xattrs; Malformed for what is none."""
-        found = dict(fields(octets))
+        """What a sender tells of a file; Malformed for what is none."""
+        found: dict[int, int | bytes] = {}
+        xattrs: dict[str, bytes] = {}
+        for number, value in fields(octets):
+            if number == XATTRS:
+                name, content = entry_of_octets(raw(value))
+                xattrs[name] = content
+            else:
+                found[number] = value
         return cls(
             text(found.get(1)),
             whole(found.get(2)),
             signed(found.get(5)),
             signed(found.get(6)),
             text(found.get(7)),
+            xattrs,
         )
 
     def encode(self) -> bytes:
@@ -109,7 +122,7 @@ class Stat:
             + number_field(5, self.size)
             + number_field(6, self.mtime_ns)
             + text_field(7, self.linkname)
-            + map_field(10, self.xattrs)
+            + map_field(XATTRS, self.xattrs)
         )
 
 

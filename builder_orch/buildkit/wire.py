@@ -112,8 +112,14 @@ def text(value: Value | None) -> str:
 
 def entry(octets: bytes) -> tuple[str, str]:
     """A key and a value of a map from string to string."""
+    key, value = entry_of_octets(octets)
+    return key, text(value)
+
+
+def entry_of_octets(octets: bytes) -> tuple[str, bytes]:
+    """A key and a value of a map from string to bytes."""
     found = dict(fields(octets))
-    return text(found.get(1)), text(found.get(2))
+    return text(found.get(1)), raw(found.get(2))
 
 
 def _varint(octets: bytes, at: int) -> tuple[int, int]:

@@ -1,6 +1,7 @@
 """What an engine may write here: what it was asked for, below the place, all of it or nothing."""
 
 import asyncio
+import os
 import stat
 from collections.abc import AsyncIterator
 from contextlib import suppress
@@ -132,6 +133,34 @@ async def test_a_directory_arrives_as_it_was(daemon: FakeDaemon, tmp_path: Path)
     for path in (out / "a", out / "a" / "f", out / "link"):
         assert path.lstat().st_mtime_ns == MTIME_NS
     assert octets == len(TREE[2][1]) + 1
+
+
+async def test_attributes_that_mean_nothing_to_the_system_are_kept(
+    daemon: FakeDaemon, tmp_path: Path
+) -> None:
+    marks = {
+        "user.mark": b"\x00\xff",
+        "user.more": b"",
+        "security.capability": b"x",
+        "user.a\0b": b"x",
+    }
+    marks |= {"trusted.mark": b"x", "user.far too large": bytes(1 << 20)}
+    sent = [
+        (replace(one, xattrs=marks), content)
+        for one, content in [
+            told("a", stat.S_IFDIR | 0o500),
+            told("a/f", stat.S_IFREG | 0o400, b"x"),
+            told("link", LINK, link="a/f"),
+        ]
+    ]
+    daemon.script = lambda session, _: copy_to(session, sent)
+    out = tmp_path / "out"
+    await build(daemon, DirectoryTarget(out))
+    for path in (out / "a", out / "a" / "f"):
+        assert set(os.listxattr(path)) == {"user.mark", "user.more"}
+        assert os.getxattr(path, "user.mark") == b"\x00\xff"
+        assert path.stat().st_mtime_ns == MTIME_NS
+    assert os.listxattr(out / "link", follow_symlinks=False) == []
 
 
 async def test_what_is_there_already_stays_and_what_has_the_name_is_replaced(

@@ -41,6 +41,7 @@ class Case:
     builds: tuple[str, ...] = ("cancelled",)
     releases: tuple[tuple[int, str], ...] = ()
     files: dict[str, str] = field(default_factory=dict)
+    builder: str = "classic"
 
 
 CASES = {
@@ -50,6 +51,12 @@ CASES = {
     "tunnel": Case(in_phase("tunnel", "phase.reason")),
     "context": Case(in_phase("context"), ("COPY large /large", SERVE)),
     "build": Case(step(3), ('RUN ["/bin/busybox", "sleep", "600"]',)),
+    # Of its own for each app: the engine takes equal steps of two builds for the same one.
+    "kit": Case(
+        step(2),
+        ('RUN ["/bin/busybox", "env", "A=APP", "/bin/busybox", "sleep", "600"]',),
+        builder="buildkit",
+    ),
     "push": Case(in_phase("push", "progress"), ("COPY large /large", SERVE)),
     "release": Case(
         lambda event: event["t"] == "phase.reason" and event["reason"] == "v1 is running",
@@ -66,6 +73,8 @@ CASES = {
         files={"index.cgi": "#!/bin/busybox sh\n/bin/busybox sleep 600\n"},
     ),
 }
+PHASES = {"kit": "build"}
+"""What the phases are called that come twice."""
 SIGNALS = {signal.SIGINT: (130, "RB-INTERRUPTED"), signal.SIGTERM: (143, "RB-TERMINATED")}
 BOTH = [(phase, number) for phase in CASES for number in SIGNALS]
 NAMES = [f"{phase}-{number.name}" for phase, number in BOTH]
@@ -77,12 +86,13 @@ def name_of(phase: str, number: signal.Signals) -> str:
 
 def signalled(embedded: Embedded, folder: Path, phase: str, number: signal.Signals) -> Ended:
     case = CASES[phase]
-    app(folder, *case.lines, name=folder.name, toml=case.toml)
+    lines = [line.replace("APP", folder.name) for line in case.lines]
+    app(folder, *lines, name=folder.name, toml=case.toml)
     (folder / "large").write_bytes(os.urandom(30_000_000) if "large" in case.lines[0] else b"")
     for file, text in case.files.items():
         (folder / file).write_text(text)
         (folder / file).chmod(0o755)
-    running = embedded.begin("deploy", folder, "--create-app")
+    running = embedded.begin("deploy", folder, "--create-app", FLY_BUILD_BUILDER=case.builder)
     try:
         running.until(case.reached)
         running.signal(number)
@@ -121,7 +131,7 @@ def test_a_signal_ends_what_had_begun(
     phases = [event for event in ended.events if event["t"] == "phase.end"]
     assert not phases[-1]["ok"]
     # The first phase is over in a moment, perhaps sooner than the signal arrives.
-    assert phase in {phases[-1]["phase"], "preflight"}
+    assert PHASES.get(phase, phase) in {phases[-1]["phase"], "preflight"}
     warned = [event["id"] for event in ended.events if event["t"] == "warning"]
     assert warned == (["release-stays"] if phase == "verify" else [])
     name = name_of(phase, number)
@@ -145,7 +155,8 @@ def test_no_peer_container_or_tag_is_left(embedded: Embedded, outcomes: Outcomes
                 engine.wait(left[0], timeout=1, condition="removed")
         assert not strays(engine, kept)
         tagged = {tag for image in engine.images() for tag in image["RepoTags"] or []}
-    unbuilt = {name_of(phase, number) for phase, number in BOTH if phase in {"context", "build"}}
+    early = {"context", "build", "kit"}
+    unbuilt = {name_of(phase, number) for phase, number in BOTH if phase in early}
     assert not {tag for tag in tagged if tag.rpartition("/")[2].partition(":")[0] in unbuilt}
 
 

@@ -96,6 +96,8 @@ def awkward(root: Path) -> Path:
     (tree / "link").symlink_to("../../outside")
     os.link(tree / "a", tree / "hard")
     (tree / "a").chmod(0o4711)
+    for marked in ("a", "deep"):
+        os.setxattr(tree / marked, "user.mark", marked.encode())
     (tree / "deep").chmod(0o555)
     return tree
 
@@ -111,6 +113,8 @@ def hashes(folder: Path) -> dict[str, str]:
             what = f"{mode:o}"
         else:
             what = f"{mode & ~0o6000:o} {hashlib.sha256(path.read_bytes()).hexdigest()}"
+        for name in os.listxattr(path, follow_symlinks=False):
+            what += f" {name}={os.getxattr(path, name, follow_symlinks=False)!r}"
         found[path.relative_to(folder).as_posix()] = what
     return found
 
