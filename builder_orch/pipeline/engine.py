@@ -42,7 +42,7 @@ ANSWER_S = 30.0
 LONG_S = 600.0
 """How long it may take to count or to throw away what it holds."""
 PING_S = 3.0
-"""How long the engine may take to answer a ping, once it is connected."""
+"""How long it may take to answer a ping or to tell its version, once it is connected."""
 SIGN_S = 4.0
 """How long it all may take when nothing else was heard of the engine."""
 VIGIL_EVERY_S = 10.0
@@ -290,9 +290,12 @@ class Engine:
         return freed
 
     async def api_version(self) -> str:
-        """The newest API it speaks; Refused if it is no engine at all."""
-        said = await self._short(
-            "asking for its version", lambda client, _: client.version(api_version=False)
+        """The newest API it speaks, which any engine tells at once; Refused if it is none at all.
+
+        No ping is needed before: to ask two things is two more ways there and back.
+        """
+        said = await self._ask(
+            "asking for its version", lambda client, _: client.version(api_version=False), PING_S
         )
         match said:
             case {"ApiVersion": str(version)} if version.replace(".", "").isdecimal():
@@ -419,7 +422,6 @@ async def wait_for_engine(
     async def attempt() -> Engine:
         nonlocal there
         try:
-            await there.ping()
             version = await there.api_version()
         except (BuilderLost, Refused) as error:
             if again is not None and due and time.monotonic() >= due[0]:

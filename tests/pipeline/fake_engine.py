@@ -87,6 +87,7 @@ class FakeEngine:
     ports: dict[str, object] = field(default_factory=dict)
     tag_status: int = 201
     ping: Script = (b"OK",)
+    told: Script = ()
     version: object = field(default_factory=lambda: {"ApiVersion": "1.41"})
     info: object = field(
         default_factory=lambda: {"ServerVersion": "20.10.24", "NCPU": 2, "MemTotal": 4_000_000_000}
@@ -194,7 +195,7 @@ class FakeEngine:
             case _, ["_ping"]:
                 await self._play(writer, 200, self.ping)
             case _, ["version"]:
-                await self._play(writer, 200, [json.dumps(self.version).encode()])
+                await self._play(writer, 200, self.told or [json.dumps(self.version).encode()])
             case "GET", ["info"]:
                 await self._play(writer, 200, [json.dumps(self.info).encode()])
             case "GET", ["system", "df"]:

@@ -279,7 +279,7 @@ async def test_an_engine_that_boots_is_waited_for_and_the_reason_shown(fake: Fak
         ({"refuse": 10**9}, "connection refused"),
         ({"version": {"no": "engine"}}, "no Docker engine answers there"),
         ({"version": []}, "no Docker engine answers there"),
-        ({"ping": [Act.RESET]}, "connection reset"),
+        ({"told": [Act.RESET]}, "connection reset"),
     ],
 )
 async def test_an_engine_that_never_is_ready_is_given_up_with_the_reason(

@@ -76,8 +76,8 @@ def answers_nonsense(outside: FakeWorld) -> None:
     outside.engine.version = {"message": "an nginx"}
 
 
-def dies_after_the_ping(outside: FakeWorld) -> None:
-    outside.engine.ping = [b"OK", Act.RESET]
+def dies_in_its_answer(outside: FakeWorld) -> None:
+    outside.engine.told = [b'{"ApiVersion": ', Act.RESET]
 
 
 REFUSED = ConnectionRefusedError("refused: nothing listens there")
@@ -91,8 +91,7 @@ REFUSED = ConnectionRefusedError("refused: nothing listens there")
         (meeting(REFUSED), "tunnel", "connection refused"),
         (meeting(TimeoutError("no answer in time")), "tunnel", "no answer in time"),
         (meeting(OSError("unreachable inside the network")), "tunnel", "unreachable inside"),
-        (meeting(None, REFUSED), "tunnel", "connection refused"),
-        (dies_after_the_ping, "tunnel", "connection"),
+        (dies_in_its_answer, "tunnel", "connection"),
         (answers_nonsense, "tunnel", "no Docker engine answers there"),
     ],
 )
