@@ -6,7 +6,7 @@ from typing import TypeVar
 
 from builder_orch.errors import BuilderFull, BuilderOrchError
 from builder_orch.events import Emit, Retry, Warned
-from builder_orch.pipeline.context import readable
+from builder_orch.pipeline.amount import readable
 from builder_orch.pipeline.engine import Engine, Refused
 
 Made = TypeVar("Made")
