@@ -5,9 +5,9 @@ import os
 import socket
 import struct
 import time
-from collections import defaultdict
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from functools import partial
 from ipaddress import AddressValueError, IPv6Address
 
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
@@ -21,6 +21,7 @@ from builder_orch.tunnel.carrier.opening import open_carrier
 from builder_orch.tunnel.carrier.race import RaceCarrier
 from builder_orch.tunnel.carrier.udp import UdpCarrier
 from builder_orch.tunnel.carrier.websocket import WebSocketCarrier
+from builder_orch.tunnel.clock import boot_time
 from builder_orch.tunnel.config import PeerConfig, PublicKey, TunnelConfig
 from builder_orch.tunnel.ipv6.connection import Connection
 from builder_orch.tunnel.ipv6.events import (
@@ -37,6 +38,7 @@ from builder_orch.tunnel.ipv6.stack import Stack
 from builder_orch.tunnel.machine import Address, Endpoint
 from builder_orch.tunnel.stamps import Stamps
 from builder_orch.tunnel.stream import Splice, failed, loopback_pair, reset
+from builder_orch.tunnel.usurper import ECHO_S, Usurper
 from builder_orch.tunnel.wireguard.interface import (
     EndpointMoved,
     HandshakeStarted,
@@ -44,10 +46,8 @@ from builder_orch.tunnel.wireguard.interface import (
     PeerStatus,
     SessionStarted,
 )
-from builder_orch.tunnel.wireguard.twin import SILENT, Twin
 
 PING_PAYLOAD = bytes(range(32))
-ECHO_S = 1.0
 BACKEND_TIMEOUT_S = 10.0
 OVERDUE_S = 1.0
 """How long an answer to a handshake may take before somebody is told of waiting for it."""
@@ -62,13 +62,6 @@ Answer = Callable[[bytes, Address], bytes | None]
 
 Dial = Callable[[str, int], Awaitable[socket.socket]]
 DialBlocking = Callable[[str, int], socket.socket]
-
-
-def boot_time() -> float:
-    """Seconds on a clock that counts suspended time, as WireGuard's timers need it."""
-    if hasattr(time, "CLOCK_BOOTTIME"):
-        return time.clock_gettime(time.CLOCK_BOOTTIME)
-    return time.monotonic()
 
 
 class Tunnel:
@@ -116,8 +109,7 @@ class Tunnel:
         self._echoes: dict[tuple[bytes, int, int], asyncio.Future[None]] = {}
         self._established: dict[PublicKey, asyncio.Event] = {}
         self._attempts = 0
-        self._twins: defaultdict[PublicKey, Twin] = defaultdict(Twin)
-        self._usurped = asyncio.Event()
+        self._usurper = Usurper()
         self._tasks: set[asyncio.Task[None]] = set()
         self._moved = asyncio.Event()
         self._race = carrier if isinstance(carrier, RaceCarrier) else None
@@ -154,31 +146,10 @@ class Tunnel:
 
     async def twin(self) -> None:
         """Wait until it is clear that somebody else uses our key: sessions get lost, again and
-        again, though each handshake is answered.
-
-        With a resolver (`dns`) it is asked for an echo each second, to know a loss from its silence
-        before WireGuard's timers do.
-        """
-        usurped = asyncio.ensure_future(self._usurped.wait())
-        lost, worked = 0, False
-        try:
-            while not usurped.done():
-                if self._config.dns is None:
-                    await usurped
-                    continue
-                try:
-                    await self.ping(self._config.dns, timeout_s=ECHO_S)
-                except TimeoutError:
-                    lost += 1
-                else:
-                    lost, worked = 0, True
-                    await asyncio.wait({usurped}, timeout=ECHO_S)
-                if lost >= SILENT and worked:
-                    worked = False
-                    self._interface.summon(self._config.dns.packed, boot_time(), again=True)
-                    self.pump()
-        finally:
-            usurped.cancel()
+        again, though each handshake is answered. The resolver, if any, is asked for echoes."""
+        await self._usurper.seen(
+            self._config.dns, partial(self.ping, timeout_s=ECHO_S), self._renew
+        )
 
     async def moved(self, route: Route) -> Route:
         """Wait until the gateway is reached in another way than `route`, and tell which."""
@@ -308,6 +279,10 @@ class Tunnel:
             self._stack.ping(self._config.dns.packed, 0, 0, PING_PAYLOAD)
             self.pump()
 
+    def _renew(self, host: IPv6Address) -> None:
+        self._interface.summon(host.packed, boot_time(), again=True)
+        self.pump()
+
     def _announce(self) -> None:
         """Tell the peers where we are now, without asking for an answer."""
         self._interface.announce(boot_time())
@@ -387,8 +362,8 @@ class Tunnel:
                     if self._hears is not None:
                         self._hears.heard(endpoint, session=True)
                     self._attempts = 0
-                    if told.attempt and self._twins[key].began(now, told.attempt):
-                        self._usurped.set()
+                    if told.attempt:
+                        self._usurper.began(key, now, told.attempt)
                     self._established.setdefault(key, asyncio.Event()).set()
                 case HandshakeStarted():
                     # Not the core's own count, which begins anew where it has given up.

@@ -12,7 +12,7 @@ KEEPALIVE_TIMEOUT + REKEY_TIMEOUT = 15 s after what it sent was left unanswered,
 333 ms of jitter and by the time until something is sent. From our first loss to our third the twin
 waits twice and we do, so that is 4 * 15 = 60 s and more: WINDOW_S has to be longer. Who wants to
 know earlier asks for an echo each second and has the handshake begun when SILENT in a row are lost
-(`Tunnel.twin` does): then it is 2 * (5 + 15) = 40 s and a little even if the twin only keeps to the
+(the driver does): then it is 2 * (5 + 15) = 40 s and a little even if the twin only keeps to the
 timers, and the third loss is known within a minute of the first.
 """
 
