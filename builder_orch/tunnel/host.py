@@ -157,8 +157,10 @@ async def _carry_out(host: Host, asked: AsyncGenerator[Message]) -> None:
 
 def main(descriptor: int) -> None:
     """Serve until the other end of the pair is closed."""
-    # Ctrl-C goes to the whole terminal group; the process that uses us decides what it means.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Whoever ends a service or a job signals all of its processes; the one that uses us decides
+    # what that means, and has things to say by this tunnel before it closes it.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     with socket.socket(fileno=descriptor) as sock:
         sock.setblocking(False)
         asyncio.run(serve(sock))

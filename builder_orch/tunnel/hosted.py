@@ -248,9 +248,7 @@ async def _begin() -> tuple["subprocess.Popen[bytes]", socket.socket]:
     words = [sys.executable, "-m", "builder_orch.tunnel.host", str(theirs.fileno())]
     with theirs:
         try:
-            child = await asyncio.to_thread(
-                subprocess.Popen, words, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL
-            )
+            child = await asyncio.to_thread(_start, words, theirs.fileno())
         except OSError as error:
             ours.close()
             raise TunnelNotUp(
@@ -258,6 +256,14 @@ async def _begin() -> tuple["subprocess.Popen[bytes]", socket.socket]:
                 hint="See whether this Python is still there and the machine has memory left.",
             ) from None
     return child, ours
+
+
+def _start(words: list[str], descriptor: int) -> "subprocess.Popen[bytes]":
+    # A group of its own: Ctrl-C and what else goes to all of ours is for us to act on, and to tell
+    # the engine of it needs the tunnel.
+    return subprocess.Popen(  # noqa: S603 - our own interpreter, no shell
+        words, pass_fds=[descriptor], stdin=subprocess.DEVNULL, process_group=0
+    )
 
 
 def _reap(child: "subprocess.Popen[bytes]") -> int:

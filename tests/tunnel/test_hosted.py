@@ -124,6 +124,20 @@ async def test_the_end_of_the_other_process_is_a_failure_and_a_reset() -> None:
                     sock.recv(1)
 
 
+async def test_what_ends_all_processes_of_a_job_leaves_the_tunnel_to_its_user() -> None:
+    async with pair() as ends:
+        await ends.serve(7, echo)
+        async with open_hosted_tunnel(ends.config) as tunnel:
+            assert os.getpgid(tunnel.pid) != os.getpgid(0)
+            await tunnel.drops()
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                os.kill(tunnel.pid, number)
+            with await tunnel.dial(str(GATEWAY), 7) as sock:
+                sock.setblocking(False)
+                await asyncio.get_running_loop().sock_sendall(sock, b"still")
+                assert await asyncio.get_running_loop().sock_recv(sock, 5) == b"still"
+
+
 async def test_leaving_the_block_resets_what_is_open() -> None:
     async with pair() as ends:
         await ends.serve(7, echo)
