@@ -183,7 +183,9 @@ async def serving(
     finally:
         server.close()
         for writer in writers:
-            writer.transport.abort()
+            # A TLS transport that was closed twice does not know whose it is (Python 3.11.2).
+            with contextlib.suppress(AttributeError):
+                writer.transport.abort()
         await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 10)
         await turns()
 
