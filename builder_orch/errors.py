@@ -4,8 +4,12 @@ A leaf says by its class which layer failed and whether a repetition can help; t
 happened and `hint` the next step. Exit codes are frozen: scripts branch on them.
 """
 
+import errno
 from enum import Enum, IntEnum
-from typing import ClassVar
+from typing import ClassVar, Final
+
+NO_ROOM: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
+"""What the system says when a disk, or a user's share of it, is full."""
 
 
 class Exit(IntEnum):
@@ -316,7 +320,7 @@ class Interrupted(BuilderOrchError):
 
 
 class Terminated(BuilderOrchError):
-    """SIGTERM: what had begun was ended and recorded as cancelled."""
+    """SIGTERM or SIGHUP: what had begun was ended and recorded as cancelled."""
 
     kind = "RB-TERMINATED"
     code = Exit.TERMINATED

@@ -4,7 +4,6 @@ Whoever has the lock is the agent, and only that one touches the socket: one tha
 killed agent is replaced by the next, one that belongs to another is never removed.
 """
 
-import errno
 import fcntl
 import os
 import socket
@@ -16,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from builder_orch.errors import AlreadyRunning, LocalDiskFull, UsageFailure
+from builder_orch.errors import NO_ROOM, AlreadyRunning, LocalDiskFull, UsageFailure
 
 SOCKET_PATH_OCTETS = 103
 """What every system takes as the path of a Unix socket (sun_path is 104 octets on macOS)."""
@@ -192,7 +191,7 @@ def trying(path: Path) -> Iterator[bool]:
 
 def disk_failure(path: Path, error: OSError) -> UsageFailure | LocalDiskFull:
     """What it is to a user that a file here cannot be written."""
-    if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+    if error.errno in NO_ROOM:
         return LocalDiskFull(
             f"no room left for {path}", hint="Free some space, or use --agent off."
         )

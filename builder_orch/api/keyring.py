@@ -9,7 +9,6 @@ to be removed from the platform if that run does not live to do it.
 """
 
 import contextlib
-import errno
 import fcntl
 import json
 import os
@@ -25,7 +24,7 @@ from pathlib import Path
 
 from builder_orch.api.keylock import User, hold_key, key_user
 from builder_orch.api.models import Organization
-from builder_orch.errors import AlreadyRunning, LocalDiskFull, UsageFailure
+from builder_orch.errors import NO_ROOM, AlreadyRunning, LocalDiskFull, UsageFailure
 from builder_orch.tunnel.config import PublicKey, TunnelConfig, decode_key, encode_key
 
 VERSION = 1
@@ -373,7 +372,7 @@ def file_failures(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+        if error.errno in NO_ROOM:
             raise LocalDiskFull(
                 f"no room left on the disk of {folder}",
                 hint="Free some space there, or set FLY_BUILD_HOME to a directory on another disk.",

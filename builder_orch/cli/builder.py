@@ -144,7 +144,6 @@ async def _connected(
 ) -> int:
     up = False
     with Stop.listening(emit, AGAIN) as stop:
-        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, stop, signal.SIGTERM)
         try:
             async with AsyncExitStack() as stack:
                 began = time.monotonic()

@@ -356,7 +356,7 @@ class Latest:
 
 @dataclass(slots=True)
 class Stop:
-    """Turns the first Ctrl-C or SIGTERM into a cancellation; the second ends us at once."""
+    """Turns the first Ctrl-C, SIGTERM or SIGHUP into a cancellation; the second ends us at once."""
 
     task: asyncio.Task[object]
     emit: Emit
@@ -373,12 +373,16 @@ class Stop:
         assert task is not None
         stop = cls(task, emit, hint)
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            # The terminal was closed, and nohup did not ask us to go on without.
+            numbers.append(signal.SIGHUP)
+        for number in numbers:
             loop.add_signal_handler(number, stop, number)
         try:
             yield stop
         finally:
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in numbers:
                 loop.remove_signal_handler(number)
 
     def __call__(self, number: signal.Signals) -> None:
@@ -388,7 +392,7 @@ class Stop:
         self.task.cancel()
 
     def _leave(self, number: signal.Signals) -> None:
-        kind = Terminated if number is signal.SIGTERM else Interrupted
+        kind = Interrupted if number is signal.SIGINT else Terminated
         failure = kind("ended at once; what had begun was left as it was", hint=_LEFT)
         elapsed_s = time.monotonic() - self.began
         try:
@@ -398,7 +402,7 @@ class Stop:
 
     def failure(self) -> BuilderOrchError:
         """What the run ends with."""
-        if self.received is signal.SIGTERM:
+        if self.received in {signal.SIGTERM, signal.SIGHUP}:
             return Terminated("terminated; what had begun was ended", hint=self.hint)
         return interrupted(self.hint)
 

@@ -4,7 +4,7 @@
 """
 
 import importlib
-import os
+import signal
 import sys
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -12,7 +12,8 @@ from typing import NamedTuple
 import click
 
 from builder_orch import __version__
-from builder_orch.errors import BuilderOrchError, Exit
+from builder_orch.cli.streams import leave, open_missing
+from builder_orch.errors import NO_ROOM, BuilderOrchError, Exit, LocalDiskFull
 
 EXAMPLES = """\
 fly-build deploy examples/hello --create-app
@@ -105,17 +106,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     words = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        code = fly_build.main(
-            args=words,
-            prog_name="fly-build",
-            standalone_mode=False,
+        return carried_out(words)
+    except BrokenPipeError:
+        # The reader of our output left.
+        return int(Exit.UNCLASSIFIED)
+    except OSError as error:
+        # Where a file was meant that has been said already; this is the output itself, most likely.
+        if error.errno not in NO_ROOM:
+            raise
+        failure = LocalDiskFull(
+            f"the output cannot be written: {error.strerror}",
+            hint="Send it elsewhere. What was to be done before it was written is done.",
         )
+        return told(failure, ())
+
+
+def carried_out(words: Sequence[str]) -> int:
+    """The exit code of a command, whose failure has been told."""
+    try:
+        code = fly_build.main(args=words, prog_name="fly-build", standalone_mode=False)
     except (click.ClickException, BuilderOrchError, KeyboardInterrupt, click.Abort) as error:
         return told(error, words)
-    except BrokenPipeError:
-        # The reader of our output left. Python would complain once more when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return int(Exit.UNCLASSIFIED)
     return code if isinstance(code, int) else int(Exit.OK)
 
 
@@ -146,4 +157,9 @@ def told(
 
 def run() -> None:
     """The entry point of the console script."""
-    sys.exit(main())
+    open_missing()
+    # Until a command has something better to do about it: leave, but by way of what tidies up.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(Exit.TERMINATED))
+    code = main()
+    leave()
+    sys.exit(code)

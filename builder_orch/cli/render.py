@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import TextIO
 
 from builder_orch.cli.lines import Display, Lines
+from builder_orch.cli.streams import give_up
 from builder_orch.cli.text import encodable, plain
 from builder_orch.errors import Blame, BuilderOrchError, Interrupted, Terminated
 from builder_orch.events import (
@@ -94,24 +95,36 @@ class Renderer:
                 self._phase = event.phase
             if self._mode == "ndjson":
                 self._ndjson(event)
-            elif isinstance(event, Finished):
-                self._display.close()
+                return
+            try:
+                self._show(event)
+            except BrokenPipeError:
+                raise
+            except OSError:
+                # A disk that is full, or a terminal that was closed: the run goes on without words.
+                give_up(self._err)
+            if isinstance(event, Finished):
                 self._finish(event)
-            else:
-                self._display.show(event)
 
     # --- text
 
-    def _finish(self, event: Finished) -> None:
-        if event.error is not None:
-            from builder_orch.cli.rawjson import RawJson
+    def _show(self, event: Event) -> None:
+        if not isinstance(event, Finished):
+            self._display.show(event)
+            return
+        self._display.close()
+        if event.error is None:
+            return
+        from builder_orch.cli.rawjson import RawJson
 
-            if isinstance(self._display, RawJson):
-                # Who reads objects there gets one more; text would end the parsing.
-                print(json.dumps({"error": _error(event.error)}), file=self._err, flush=True)
-            else:
-                for line in card(event.error, self._run):
-                    print(encodable(line, self._err), file=self._err, flush=True)
+        if isinstance(self._display, RawJson):
+            # Who reads objects there gets one more; text would end the parsing.
+            print(json.dumps({"error": _error(event.error)}), file=self._err, flush=True)
+            return
+        for line in card(event.error, self._run):
+            print(encodable(line, self._err), file=self._err, flush=True)
+
+    def _finish(self, event: Finished) -> None:
         if self._mode == "json":
             print(json.dumps(self._result(event)), file=self._out, flush=True)
             return

@@ -1,7 +1,6 @@
 """`fly-build builder status` and `prune`: what lies on a builder's disk, and making room there."""
 
 import asyncio
-import signal
 import socket
 import sys
 import time
@@ -132,7 +131,6 @@ async def _worked(
     app: str, chosen: PlatformSettings, flags: Flags, work: Work, emit: Emit
 ) -> Values:
     with Stop.listening(emit, AGAIN) as stop:
-        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, stop, signal.SIGTERM)
         try:
             async with (
                 open_world(chosen, emit, flags) as world,

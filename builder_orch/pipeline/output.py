@@ -1,6 +1,5 @@
 """What becomes of a build's result: an image for a registry, or something on this machine."""
 
-import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -8,7 +7,7 @@ from enum import Enum
 from pathlib import Path
 
 from builder_orch.buildkit.export import DirectoryTarget, FileTarget, Target, Unsafe
-from builder_orch.errors import BuilderLost, BuilderOrchError, LocalDiskFull, UsageFailure
+from builder_orch.errors import NO_ROOM, BuilderLost, BuilderOrchError, LocalDiskFull, UsageFailure
 from builder_orch.pipeline.amount import readable
 
 
@@ -87,7 +86,7 @@ def not_written(place: Path, error: OSError | Unsafe) -> BuilderOrchError:
             hint="Nothing was written. Take type=tar and look into it, or another builder.",
         )
     why = error.strerror or str(error)
-    if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+    if error.errno in NO_ROOM:
         return LocalDiskFull(
             f"there is no room for the result in {place}: {why}",
             hint="Free some space, or name another place with --dest.",

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from builder_orch.errors import AlreadyRunning, LocalDiskFull, UsageFailure
+from builder_orch.errors import NO_ROOM, AlreadyRunning, LocalDiskFull, UsageFailure
 
 FORMAT_VERSION = 1
 NOT_OURS = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST})
@@ -192,7 +192,7 @@ def disk_failures(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+        if error.errno in NO_ROOM:
             raise LocalDiskFull(
                 f"no room left on the disk of {folder}",
                 hint="free some space there, or set FLY_BUILD_HOME to a directory on another disk",

@@ -373,7 +373,12 @@ def test_a_build_has_limits_of_its_own(
 
 
 @pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGINT, Exit.INTERRUPTED), (signal.SIGTERM, Exit.TERMINATED)]
+    ("number", "code"),
+    [
+        (signal.SIGINT, Exit.INTERRUPTED),
+        (signal.SIGTERM, Exit.TERMINATED),
+        (signal.SIGHUP, Exit.TERMINATED),
+    ],
 )
 def test_a_signal_ends_the_run_with_a_result_and_nothing_left(
     root: Path, used: Used, spoil: list[Spoil], number: signal.Signals, code: Exit
@@ -423,6 +428,33 @@ def test_a_second_ctrl_c_ends_at_once() -> None:
         timeout=60,
     )
     assert (done.returncode, done.stdout) == (130, "tidying up\nFinished\n")
+
+
+def test_nohup_keeps_a_run_going() -> None:
+    program = """
+        import asyncio, os, signal
+        from builder_orch.cli.deploy import Stop
+
+        async def main():
+            with Stop.listening(print) as stop:
+                os.kill(os.getpid(), signal.SIGHUP)
+                os.kill(os.getpid(), signal.SIGTERM)
+                try:
+                    await asyncio.Event().wait()
+                except asyncio.CancelledError:
+                    print(stop.received.name)
+
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        asyncio.run(main())
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout) == (0, "SIGTERM\n"), done.stderr
 
 
 def test_a_defect_shows_its_traceback_and_ends_the_events(root: Path, spoil: list[Spoil]) -> None:

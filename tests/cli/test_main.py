@@ -251,6 +251,50 @@ def test_a_reader_that_leaves_early_is_no_defect() -> None:
     assert done.stderr == ""
 
 
+@pytest.mark.parametrize("words", [["--help"], ["version", "--json"], ["nope", "--json"]])
+def test_output_that_has_no_room_is_told_and_no_defect(words: list[str]) -> None:
+    with open("/dev/full", "w") as full:  # noqa: PTH123 - a device
+        done = subprocess.run(
+            [sys.executable, "-m", "builder_orch", *words],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == Exit.BUILDER_LOST
+    assert "error: the output cannot be written: No space left on device" in done.stderr
+    assert "RB-LOCAL-DISK, exit code 12" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("shell", ["exec {} 2>/dev/full", "exec {} 2>&-", "exec {} 2>&- <&-"])
+def test_a_failure_is_answered_where_nothing_can_be_said_beside_it(shell: str) -> None:
+    command = f"{sys.executable} -m builder_orch nope --json"
+    done = subprocess.run(
+        ["/bin/sh", "-c", shell.format(command)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == Exit.USAGE
+    assert json.loads(done.stdout)["error"]["id"] == "RB-USAGE"
+
+
+def test_a_closed_stdout_gets_nothing_and_lends_its_number_to_nobody() -> None:
+    program = (
+        "import os\n"
+        "from builder_orch.cli.streams import open_missing\n"
+        "open_missing()\n"
+        "print('to nobody', flush=True)\n"
+        "assert os.fstat(1).st_rdev == os.stat(os.devnull).st_rdev\n"
+        "assert os.get_inheritable(1)\n"
+    )
+    done = subprocess.run(
+        ["/bin/sh", "-c", 'exec "$0" -c "$1" >&-', sys.executable, program],
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_version_as_json_is_one_object(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["version", "--output", "json"]) == Exit.OK
     facts = json.loads(capsys.readouterr().out)

@@ -1,5 +1,6 @@
 """What a run looks like, to people and to programs; and that nobody else's text can draw on it."""
 
+import errno
 import io
 import json
 from unicodedata import category
@@ -188,3 +189,20 @@ def test_a_defect_ends_the_events_as_well() -> None:
     out, _ = shown("ndjson", Finished(False, 1, 0.0))
     assert json.loads(out.splitlines()[-1])["exit_code"] == 1
     assert NotLoggedIn("x", hint="y").code == 3
+
+
+class Gone(io.StringIO):
+    """A terminal that was closed: whatever is printed there fails."""
+
+    def write(self, _text: str, /) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+
+@pytest.mark.parametrize("mode", ["text", "json"])
+def test_a_run_goes_on_when_its_terminal_has_gone(mode: str) -> None:
+    out = io.StringIO()
+    renderer = Renderer(mode, "run", out, Gone())
+    for event in [*STORY, Finished(False, 20, 1.0, error=FAILURE)]:
+        renderer(event)
+    if mode == "json":
+        assert json.loads(out.getvalue())["error"]["id"] == FAILURE.kind
