@@ -50,6 +50,7 @@ BRIDGE_FILTER: Final = Path("/proc/sys/net/bridge")
 CGROUPS: Final = Path("/sys/fs/cgroup")
 PUBLIC_RESOLVERS: Final = ("1.1.1.1", "8.8.8.8")
 ENTER: Final = """
+trap 'exit 143' TERM
 mount -t tmpfs -o mode=0755 fly-build /run || exit
 mkdir -p /run/lock /run/etc/upper /run/etc/work
 cp -L /etc/hosts /run/etc/upper/hosts
@@ -57,13 +58,21 @@ cp "$1" /run/etc/upper/resolv.conf
 mount -t overlay -o lowerdir=/etc,upperdir=/run/etc/upper,workdir=/run/etc/work fly-build /etc \\
     || mount --bind "$1" /etc/resolv.conf
 shift
-exec "$@"
+"$@" &
+engine=$!
+trap 'kill -TERM "$engine"' TERM
+while kill -0 "$engine" 2>/dev/null; do
+    wait "$engine"
+    ended=$?
+done
+exit "$ended"
 """
-"""What happens in the new mount namespace before dockerd takes over the process.
+"""What happens in the new mount namespace around dockerd.
 
 dockerd, containerd and runc use fixed paths below /run, where another engine's would be, and
 dockerd leaves a key in /etc/docker: it gets an empty /run in memory, and an /etc whose changes are
-there too.
+there too. It is not the first process of its namespace: that one inherits what starts a container
+and ends, which dockerd would never wait for.
 """
 
 
@@ -107,7 +116,7 @@ def configuration(
     `isolated` containers cannot talk to each other (`icc`): those of two apps share one bridge, and
     dockerd does not start if it is asked for this and the kernel cannot. Control groups
     are made directly, because systemd would look for our processes in its own process namespace.
-    What must not outlive a crash (the pid 1 in a pid file, dead mounts) is in a folder of memory.
+    What must not outlive a crash (a small pid in a pid file, dead mounts) is in a folder of memory.
     """
     return {
         "data-root": str(data),
@@ -202,9 +211,10 @@ class OwnEngine:
         )
         config = engine / "daemon.json"
         config.write_text(json.dumps(settings, indent=2))
-        # A mount namespace hides the mounts of images; the process namespace ends with dockerd, its
-        # first process. `unshare` itself is deaf to SIGTERM, so that the kernel has to kill it when
-        # we are gone; dockerd then gets a SIGTERM and stops its containers in order.
+        # A mount namespace hides the mounts of images; the process namespace ends with its first
+        # process, the shell, which ends with dockerd. `unshare` itself is deaf to SIGTERM, so that
+        # the kernel has to kill it when we are gone; the shell then gets a SIGTERM, passes it on,
+        # and dockerd stops its containers in order.
         return [
             *dying_with_us("KILL"),
             *(_program("nsenter"), f"--net={self.namespace.path}", "--"),

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tarfile
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from ipaddress import IPv6Address
 from pathlib import Path
 
@@ -237,6 +237,16 @@ def dockerd_of(state: Path) -> int:
     return next(pid for pid, name in names.items() if name == "dockerd")
 
 
+def unwaited(state: Path) -> list[str]:
+    """What ended in the namespaces of a state directory and still is in the table of processes."""
+    found: list[str] = []
+    for pid in command("ip", "netns", "pids", f"fly-build-{identity(state)}").split():
+        with suppress(OSError):  # It may have ended since it was listed.
+            for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+                found.append(Path(f"/proc/{child}/stat").read_text())
+    return [stat for stat in found if stat.rpartition(")")[2].split()[0] == "Z"]
+
+
 async def until(condition: Callable[[], object]) -> None:
     """Wait until something outside has come about."""
     async with asyncio.timeout(60):
@@ -260,6 +270,8 @@ async def test_a_crash_is_reported_and_the_containers_come_back(home: Path) -> N
         assert await engine.state() is State.STARTED
         found = await engine.client.inspect(container)
         assert found.running
+        # The program that starts a container ends before it, and is nobody's child then.
+        await until(lambda: unwaited(home) == [])
         os.kill(dockerd_of(home), signal.SIGKILL)
         await until(lambda: any("a second time" in line for line in said))
         assert await engine.state() is State.FAILED
