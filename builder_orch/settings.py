@@ -23,6 +23,8 @@ PLATFORM_VERSION = 1
 
 _UNSUPPORTED = ("image", "builder", "buildpacks", "builtin", "compose", "settings")
 _PORT = re.compile(r"[1-9][0-9]{0,4}\Z")
+APP_NAME = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?\Z")
+APP_RULE = "lower-case letters, digits and dashes, at most 63"
 _LINE = re.compile(r"\(at line (\d+), column \d+\)|\(at end of document\)")
 
 
@@ -147,12 +149,16 @@ class Environment:
         return (Path(folder) if folder else Path(home or "/") / ".docker") / "config.json"
 
     def app(self, flag: str, project: Project) -> str:
-        """Which app; UsageFailure when nobody says."""
-        name = flag or self.first("FLY_APP")[0] or project.app
+        """Which app; UsageFailure when nobody says, or says what no app can be called."""
+        variable, origin = self.first("FLY_APP")
+        name = flag or variable or project.app
         if not name:
             raise UsageFailure(
                 "no app was named", hint='Use --app NAME, or write app = "NAME" in fly.toml.'
             )
+        if not APP_NAME.match(name):
+            where = "--app" if flag else origin or str(project.path)
+            raise UsageFailure(f"{where}: {name!r} is no app name", hint=f"It has {APP_RULE}.")
         return name
 
     def platform(self, url_flag: str = "") -> PlatformSettings | None:
@@ -225,7 +231,7 @@ def find_project(start: Path, named: Path | None = None) -> Project:
         return _project(named)
     folder = start.resolve()
     for candidate in (folder, *folder.parents):
-        if (candidate / PROJECT_FILE).is_file():
+        if (candidate / PROJECT_FILE).exists():
             return _project(candidate / PROJECT_FILE)
         if (candidate / ".git").exists():
             break
@@ -284,7 +290,8 @@ def _project(path: Path) -> Project:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageFailure(
-            f"{path} cannot be read: {error.strerror}", hint="Check its permissions."
+            f"{path} cannot be read: {error.strerror}",
+            hint="It has to be a file that you may read.",
         ) from None
     except UnicodeDecodeError:
         raise UsageFailure(f"{path} is not UTF-8 text", hint="Save it as UTF-8.") from None
@@ -313,9 +320,12 @@ def _project(path: Path) -> Project:
 
 def _broken(path: Path, said: str) -> UsageFailure:
     found = _LINE.search(said)
-    where = f"{path}:{found[1]}" if found and found[1] else str(path)
-    what = _LINE.sub("", said).strip() or "the file ends too early"
-    return UsageFailure(f"{where}: {what}", hint="Correct the TOML in that line.")
+    what = _LINE.sub("", said).strip()
+    if found and found[1]:
+        return UsageFailure(f"{path}:{found[1]}: {what}", hint="Correct the TOML in that line.")
+    return UsageFailure(
+        f"{path}: it ends too early: {what}", hint="Correct the TOML at the end of the file."
+    )
 
 
 def _port(table: "_Table") -> int | None:

@@ -11,6 +11,7 @@ from aiohttp import (
     ClientConnectorCertificateError,
     ClientConnectorDNSError,
     ClientConnectorError,
+    ClientOSError,
     ClientPayloadError,
     ClientProxyConnectionError,
     ConnectionTimeoutError,
@@ -259,6 +260,8 @@ def _from_cause(cause: BaseException) -> BuilderOrchError | Trouble:
             return Trouble("the connection broke before the answer", sent=True)
         case ClientPayloadError():
             return Trouble("the connection broke within the answer", sent=True)
+        case ClientOSError():
+            return Trouble(f"the connection broke: {_reason(cause)}", sent=True)
         case _:
             words = printable(f"{type(cause).__name__}: {cause}", MESSAGE_LIMIT)
             return Trouble(words, sent=True)

@@ -52,13 +52,15 @@ def interrupted() -> Interrupted:
 def misused(error: click.ClickException) -> UsageFailure:
     """What click found wrong with a command line, as a failure like all others."""
     context = error.ctx if isinstance(error, click.UsageError) else None
-    path = "fly-build" if context is None else context.command_path
     if isinstance(error, click.exceptions.NoArgsIsHelpError):
         said = "no command was given"
     else:
         said = error.format_message().strip().removesuffix(".")
-    hint = f"{path} --help shows what it takes."
-    if context is not None and isinstance(context.command, click.Group):
-        names = context.command.list_commands(context)
-        hint = f"Take one of: {', '.join(names)}. {path} --help says more."
+    if context is None:
+        hint = "Add --help to the command to see what it takes."
+    elif isinstance(context.command, click.Group):
+        names = ", ".join(context.command.list_commands(context))
+        hint = f"Take one of: {names}. {context.command_path} --help says more."
+    else:
+        hint = f"{context.command_path} --help shows what it takes."
     return UsageFailure(said[:1].lower() + said[1:], hint=hint)

@@ -11,6 +11,7 @@ import click
 
 from builder_orch.cli.form import OUTPUTS
 from builder_orch.cli.progress import MODES
+from builder_orch.settings import APP_NAME, APP_RULE
 
 BUILDERS = ("auto", "buildkit", "classic")
 CARRIERS = ("auto", "udp", "websocket")
@@ -24,7 +25,6 @@ _UNITS |= {"ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30, "ti": 1 << 40}
 _ELSEWHERE = re.compile(r"[a-z][a-z0-9+.-]*://|git@|github\.com/")
 _LABEL = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}\Z")
 _PLATFORM = re.compile(r"(?:(?:\A|,)[a-z0-9]+/[a-z0-9]+(?:/[a-z0-9]+)?)+\Z")
-_APP = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?\Z")
 
 
 class Duration(click.ParamType[float]):
@@ -130,7 +130,7 @@ class Matching(click.ParamType[str]):
         return text
 
 
-APP = Matching("app name", _APP, "lower-case letters, digits and dashes, at most 63")
+APP = Matching("app name", APP_NAME, APP_RULE)
 PLATFORM = Matching("platform", _PLATFORM, "linux/amd64, linux/arm64 ..., with commas between them")
 LABEL = Matching("image label", _LABEL, "letters, digits, dots, dashes, underscores, at most 128")
 

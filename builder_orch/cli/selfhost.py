@@ -19,7 +19,7 @@ from builder_orch.cli.options import Duration
 from builder_orch.cli.text import plain
 from builder_orch.errors import BuilderOrchError, Exit, UsageFailure
 from builder_orch.events import Emit, PhaseReason
-from builder_orch.selfhost.home import Home
+from builder_orch.selfhost.home import Home, disk_failures
 from builder_orch.selfhost.launch import (
     FOREGROUND,
     answers,
@@ -257,15 +257,17 @@ def token(context: click.Context, lifetime_s: float, owner: str, output: str) ->
 
 
 def _token(home: Home, owner: str, lifetime_s: float) -> Facts:
+    from builder_orch.selfhost.database import database_failures
     from builder_orch.selfhost.store import Store
 
     if not home.store.exists():
         raise UsageFailure(
             f"there is no platform in {home.root}", hint="start one: fly-build selfhost start"
         )
-    store = Store(f"sqlite:///{home.store}")
-    try:
-        made = store.issue_token(owner, lifetime_s=lifetime_s)
-    finally:
-        store.close()
+    with disk_failures(home.root), database_failures(home.store):
+        store = Store(f"sqlite:///{home.store}")
+        try:
+            made = store.issue_token(owner, lifetime_s=lifetime_s)
+        finally:
+            store.close()
     return {"token": made, "expires_in_s": int(lifetime_s), "lines": [made]}

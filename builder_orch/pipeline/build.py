@@ -43,16 +43,18 @@ OUT_OF_MEMORY = 137
 
 _BAD_DOCKERFILE = re.compile(
     r"dockerfile parse error|unknown instruction|target stage|build target|requires buildkit"
+    r"|failed to parse stage name"
     r"|cannot locate specified dockerfile|the dockerfile .*cannot be empty|syntax error",
     re.IGNORECASE,
 )
 _FULL = re.compile(r"no space left on device", re.IGNORECASE)
+_NO_PROGRAM = (
+    re.compile(r"runc create failed|unable to start container process", re.IGNORECASE),
+    "The image so far lacks that program. Without /bin/sh only the form "
+    '["/path/to/program", "argument"] runs, and only if it is whole JSON.',
+)
 _HINTS = (
-    (
-        re.compile(r"runc create failed|unable to start container process", re.IGNORECASE),
-        "The image so far lacks that program. Without /bin/sh only the form "
-        '["/path/to/program", "argument"] runs, and only if it is whole JSON.',
-    ),
+    _NO_PROGRAM,
     (
         re.compile(
             r"stat \S+: (file does not exist|no such file)|no source files"
@@ -362,6 +364,8 @@ def judge(
     for form, hint in _HINTS:
         if form.search(said):
             return BuildFailed(f"{where}: {said}", hint=hint)
+    if told.step is None:
+        return BuildFailed(f"{where}: {said}", hint="Correct what it says of the Dockerfile.")
     return BuildFailed(_with_tail(f"{where} failed: {said}", told), hint="Correct that step.")
 
 
@@ -377,7 +381,10 @@ def _failed_step(told: Told, code: int, where: str) -> BuilderOrchError:
     if any(_FULL.search(line) for line in told.tail):
         return _full(_with_tail(where, told))
     hint = "The step is yours: correct it; the steps before it are cached."
-    if code == OUT_OF_MEMORY:
+    missing, what = _NO_PROGRAM
+    if any(missing.search(line) for line in told.tail):
+        hint = what
+    elif code == OUT_OF_MEMORY:
         hint = "It was killed, perhaps for want of memory: use less, or a larger builder."
     return BuildFailed(_with_tail(f"{where} failed with exit code {code}", told), hint=hint)
 

@@ -226,6 +226,11 @@ def _stage(path: str, first: Instruction, steps: list[Instruction]) -> Stage:
 
 
 def _unknown(path: str, step: Instruction) -> DockerfileInvalid:
+    if not step.name.isascii() and re.search("[\udc80-\udcff]", step.name):
+        return DockerfileInvalid(
+            f"{path}:{step.line}: this is no text in UTF-8",
+            hint="Save the Dockerfile as UTF-8, or name another one with --dockerfile.",
+        )
     close = get_close_matches(step.name, sorted(INSTRUCTIONS), n=1)
     other = "Correct it, or end the line above with a backslash if this one goes on from there."
     hint = f"Did you mean {close[0]}?" if close else other

@@ -15,8 +15,10 @@ from typing import Final
 from sqlalchemy import Engine, create_engine, event, make_url, select
 from sqlalchemy.engine import Connection
 from sqlalchemy.engine.interfaces import DBAPIConnection
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
+from builder_orch.errors import LocalDiskFull, UsageFailure
 from builder_orch.selfhost.rows import Row
 
 BUSY_S: Final = 10.0
@@ -67,6 +69,22 @@ class Database:
     def _read(self) -> Iterator[Session]:
         with Session(self._reading, expire_on_commit=False) as session, session.begin():
             yield session
+
+
+@contextmanager
+def database_failures(path: Path) -> Iterator[None]:
+    """Translate what a database in a file refuses into failures with a next step."""
+    try:
+        yield
+    except DBAPIError as error:
+        if "disk is full" in str(error.orig):
+            raise LocalDiskFull(
+                f"no room for the database in {path.parent}", hint="free some space there"
+            ) from error
+        raise UsageFailure(
+            f"the database {path} cannot be used: {error.orig}",
+            hint="move it away to begin with an empty one",
+        ) from error
 
 
 def new_id(kind: str) -> str:

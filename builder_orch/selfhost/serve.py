@@ -9,17 +9,16 @@ import errno
 import signal
 import socket
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import (
     AbstractAsyncContextManager,
     AsyncExitStack,
     asynccontextmanager,
-    contextmanager,
     suppress,
 )
 from dataclasses import dataclass, field
 from ipaddress import ip_address
-from os import getpid
+from os import getpid, strerror
 from pathlib import Path
 from typing import Final, Protocol, TypeVar
 
@@ -28,10 +27,11 @@ from aiohttp import web
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from sqlalchemy.exc import DBAPIError
 
-from builder_orch.errors import LocalDiskFull, PortInUse, UsageFailure
+from builder_orch.errors import PortInUse, UsageFailure
 from builder_orch.selfhost import names
 from builder_orch.selfhost.api import application
 from builder_orch.selfhost.builder import DOCKER_PORT, BuilderMachine
+from builder_orch.selfhost.database import database_failures
 from builder_orch.selfhost.engine import Engine
 from builder_orch.selfhost.gateway import Gateway, open_gateway
 from builder_orch.selfhost.home import Home, Record, disk_failures, write_private
@@ -123,7 +123,7 @@ async def open_selfhost(options: Options) -> AsyncGenerator[Record]:
     home = options.home
     home.prepare()
     async with AsyncExitStack() as stack:
-        with _failures_translated(home):
+        with disk_failures(home.root), database_failures(home.store):
             stack.enter_context(home.hold())
             home.withdraw()
             record = await _open_parts(options, stack)
@@ -347,23 +347,6 @@ def _listen(host: str, port: int) -> socket.socket:
                 hint="leave --port out to get a free one, or end that program",
             ) from None
         raise UsageFailure(
-            f"the API cannot listen on {host}:{port}: {error.strerror}",
+            f"the API cannot listen on {host}:{port}: {strerror(error.errno or 0)}",
             hint="choose an address of this machine and a port that you may use",
         ) from None
-
-
-@contextmanager
-def _failures_translated(home: Home) -> Iterator[None]:
-    """Files and the database say in their own ways that a disk is full or not ours to write."""
-    try:
-        with disk_failures(home.root):
-            yield
-    except DBAPIError as error:
-        if "disk is full" in str(error.orig):
-            raise LocalDiskFull(
-                f"no room for the database in {home.root}", hint="free some space there"
-            ) from error
-        raise UsageFailure(
-            f"the database {home.store} cannot be used: {error.orig}",
-            hint="move it away to begin with an empty one",
-        ) from error

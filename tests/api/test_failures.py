@@ -1,6 +1,8 @@
 """What goes wrong on the way to a platform, told in words for people."""
 
 import asyncio
+import socket
+import struct
 from ssl import SSLError
 
 import pytest
@@ -44,6 +46,20 @@ def test_a_connection_that_fails_is_told_in_the_words_of_the_system(
 def test_a_name_without_an_address_is_told_as_such() -> None:
     error = ClientConnectorDNSError(PLACE, OSError(-2, "Name or service not known"))
     assert unconnected(error) == "no address for ::1"
+
+
+async def test_a_connection_that_breaks_is_told_in_words() -> None:
+    async def rude(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        sock = writer.get_extra_info("socket")
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        writer.transport.abort()
+
+    async with await asyncio.start_server(rude, "127.0.0.1", 0) as server:
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/graphql"
+        async with Platform(url, Secret(CANARY), sleep=Waits()) as platform:
+            with pytest.raises(PlatformUnavailable, match="the connection broke") as caught:
+                await platform.nearest_region()
+    assert "Errno" not in str(caught.value)
 
 
 async def test_what_speaks_no_tls_is_told_as_such() -> None:

@@ -127,7 +127,9 @@ MISUSES = [
     (["no-such-command"], "no such command 'no-such-command'", "deploy, build"),
     (["builder"], "no command was given", "connect, prune, status"),
     (["selfhost", "start", "--port", "x"], "'x' is not a valid integer range", "start --help"),
-    (["failing", "file"], "could not open file 'fly.toml': unreadable", "fly-build --help"),
+    (["failing", "file"], "could not open file 'fly.toml': unreadable", "Add --help"),
+    (["failing", "--timeout"], "no such option '--timeout'", "fly-build failing --help"),
+    (["deploy", "--timeout"], "option '--timeout' requires an argument", "Add --help to the"),
     (["deploy", ".", "--timeout", "soon"], "'soon' is not a duration", "fly-build deploy --help"),
 ]
 

@@ -180,6 +180,15 @@ def test_following_a_log_goes_on_and_notices_a_new_one(
     assert next(lines) == "new"
 
 
+def test_a_token_needs_a_database_that_is_one(own: Home, run: Run) -> None:
+    own.prepare()
+    own.store.write_bytes(b"this is no database" * 1000)
+    code, out, err = run("token")
+    assert (code, out) == (Exit.USAGE, "")
+    assert "state.db cannot be used" in err
+    assert "Traceback" not in err
+
+
 def test_a_token_is_shown_once_and_only_its_hash_is_kept(own: Home, run: Run) -> None:
     own.prepare()
     store = Store(f"sqlite:///{own.store}")

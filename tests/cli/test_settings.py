@@ -210,7 +210,7 @@ def test_the_file_is_searched_upward_to_the_top_of_the_repository(tmp_path: Path
         ("app = \n", "fly.toml:1: "),
         ('ok = 1\n\napp = "x" "y"\n', "fly.toml:3: "),
         ("[build\n", "fly.toml:1: "),
-        ("app = '''", "fly.toml"),
+        ("app = '''", "fly.toml: it ends too early: "),
         ("app = 7", "app has to be a string"),
         ("build = 7", "build has to be a table"),
         ("[build]\ndockerfile = 7", "[build] dockerfile has to be a string"),
@@ -236,6 +236,10 @@ def test_a_file_that_is_no_text_or_is_not_there_is_told(tmp_path: Path) -> None:
     (tmp_path / "fly.toml").write_bytes(b"\xff\xfe")
     with pytest.raises(UsageFailure, match="UTF-8"):
         find_project(tmp_path)
+    (tmp_path / "fly.toml").unlink()
+    (tmp_path / "fly.toml").mkdir()
+    with pytest.raises(UsageFailure, match="Is a directory"):
+        find_project(tmp_path)
 
 
 @given(st.text(max_size=80))
@@ -256,5 +260,13 @@ def test_the_app_is_that_of_the_flag_then_the_variable_then_the_file() -> None:
     assert Environment({"FLY_APP": "variable"}).app("flag", file) == "flag"
     assert Environment({"FLY_APP": "variable"}).app("", file) == "variable"
     assert Environment({"FLY_APP": ""}).app("", file) == "file"
-    with pytest.raises(UsageFailure, match="no app"):
+    with pytest.raises(UsageFailure, match="no app was named"):
         Environment({}).app("", Project())
+
+
+def test_a_name_that_no_app_can_have_is_told_with_its_place() -> None:
+    file = Project(path=Path("/x/fly.toml"), app="Bad Name")
+    with pytest.raises(UsageFailure, match=r"/x/fly\.toml: 'Bad Name' is no app name"):
+        Environment({}).app("", file)
+    with pytest.raises(UsageFailure, match="FLY_APP: '-' is no app name"):
+        Environment({"FLY_APP": "-"}).app("", file)

@@ -25,6 +25,7 @@ def sources(text: str, target: str = "") -> list[str]:
         ("FROM a AS\n", "Dockerfile:1: FROM takes"),
         ("FROM scratch\nRUN a \\\n  b \\\n# c\n\n  d\nOOPS\n", "Dockerfile:7: unknown"),
         ("\x00\x01", "unknown instruction"),
+        ("\udcff\udcfeF\x00R\x00O\x00M\x00", "Dockerfile:1: this is no text in UTF-8"),
     ],
 )
 def test_a_broken_file_names_its_line(text: str, said: str) -> None:

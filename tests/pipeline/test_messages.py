@@ -164,6 +164,7 @@ def test_any_sign_of_failure_is_one(fields: dict[str, object], text: str) -> Non
         ("write /x: no space left on device", 200, True, BuilderFull),
         ("dockerfile parse error on line 2: unknown instruction: X", 400, False, DockerfileInvalid),
         ('failed to reach build target x: target stage "x" could', 400, False, DockerfileInvalid),
+        ('failed to parse stage name "A:::b": invalid', 400, False, DockerfileInvalid),
         ("the --mount option requires BuildKit", 200, True, DockerfileInvalid),
         ("COPY failed: stat a: file does not exist", 200, True, BuildFailed),
         ("pull access denied for x, repository does not exist", 200, True, BuildFailed),
@@ -198,6 +199,14 @@ def test_a_failing_step_is_told_with_its_code_and_its_last_words() -> None:
     error = judge(messages, messages.failure)
     assert type(error) is BuildFailed
     assert str(error) == "step 2/3 (RUN make) failed with exit code 2\n  | compiling\n  | boom"
+
+
+def test_a_program_that_the_image_lacks_is_told_by_what_the_step_printed() -> None:
+    messages = BuildMessages()
+    lacking = 'runc run failed: unable to start container process: exec: "/bin/sh"'
+    told(messages, message(stream="Step 2/3 : RUN make\n"), message(stream=f"{lacking}\n"))
+    error = judge(messages, Failure("returned a non-zero code: 1", 1))
+    assert "lacks that program" in error.hint
 
 
 def test_a_step_that_was_killed_or_met_a_full_disk_is_told_so() -> None:
