@@ -242,8 +242,8 @@ def unwaited(state: Path) -> list[str]:
     found: list[str] = []
     for pid in command("ip", "netns", "pids", f"fly-build-{identity(state)}").split():
         with suppress(OSError):  # It may have ended since it was listed.
-            for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
-                found.append(Path(f"/proc/{child}/stat").read_text())
+            children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+            found += [Path(f"/proc/{child}/stat").read_text() for child in children]
     return [stat for stat in found if stat.rpartition(")")[2].split()[0] == "Z"]
 
 
