@@ -6,7 +6,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterator, MutableMapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from io import TextIOWrapper
 from pathlib import Path
 from typing import TextIO
@@ -44,9 +44,10 @@ def own_home() -> Home:
 def last_lines(path: Path, count: int, *, following: bool = False) -> Iterator[str]:
     """The end of a log, without control characters; if asked, what is appended to it for ever.
 
-    A log that was cut short is read from its beginning again.
+    A log that was cut short, or put aside for a new one, is read from its beginning again.
     """
-    with path.open(encoding="utf-8", errors="replace") as file:
+    with ExitStack() as opened:
+        file = opened.enter_context(path.open(encoding="utf-8", errors="replace"))
         # Of one open file, so that no line is lost between its end and what comes next.
         yield from map(plain, deque(file, count))
         pending = ""
@@ -57,8 +58,13 @@ def last_lines(path: Path, count: int, *, following: bool = False) -> Iterator[s
                 pending = ""
                 continue
             time.sleep(FOLLOW_POLL_S)
-            if path.stat().st_size < file.tell():
-                file.seek(0)
+            with suppress(FileNotFoundError):
+                now, own = path.stat(), os.fstat(file.fileno())
+                if not os.path.samestat(now, own):
+                    opened.close()
+                    file = opened.enter_context(path.open(encoding="utf-8", errors="replace"))
+                elif now.st_size < file.tell():
+                    file.seek(0)
 
 
 @click.group()
@@ -235,10 +241,11 @@ def _status(home: Home) -> Facts:
 def logs(following: bool, lines: int) -> None:
     """Show the end of the platform's log."""
     home = own_home()
-    if not home.log.exists():
-        raise UsageFailure(
-            f"there is no log in {home.root}", hint="fly-build selfhost start makes one"
-        )
+    with disk_failures(home.root):
+        if not home.log.exists():
+            raise UsageFailure(
+                f"there is no log in {home.root}", hint="fly-build selfhost start makes one"
+            )
     for line in last_lines(home.log, lines, following=following):
         click.echo(line)
 
@@ -260,11 +267,11 @@ def _token(home: Home, owner: str, lifetime_s: float) -> Facts:
     from builder_orch.selfhost.database import database_failures
     from builder_orch.selfhost.store import Store
 
-    if not home.store.exists():
-        raise UsageFailure(
-            f"there is no platform in {home.root}", hint="start one: fly-build selfhost start"
-        )
     with disk_failures(home.root), database_failures(home.store):
+        if not home.store.exists():
+            raise UsageFailure(
+                f"there is no platform in {home.root}", hint="start one: fly-build selfhost start"
+            )
         store = Store(f"sqlite:///{home.store}")
         try:
             made = store.issue_token(owner, lifetime_s=lifetime_s)

@@ -3,6 +3,7 @@
 import json
 import os
 import socket
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -153,6 +154,23 @@ def test_a_home_that_cannot_be_made_is_a_usage_error(
     assert "FLY_BUILD_HOME" in err
 
 
+@pytest.mark.parametrize("word", ["token", "logs", "status", "stop"])
+def test_a_platform_that_is_closed_to_this_user_is_told_as_such(own: Home, word: str) -> None:
+    own.prepare()
+    own.root.chmod(0)
+    # Root has to be told to respect permissions.
+    rights = ("setpriv", "--bounding-set", "-dac_override,-dac_read_search")
+    as_others = rights if os.geteuid() == 0 else ()
+    words = [*as_others, sys.executable, "-m", "builder_orch", "selfhost", word]
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
+    finally:
+        own.root.chmod(0o700)
+    assert (done.returncode, done.stdout) == (Exit.USAGE, "")
+    assert f"{own.root} cannot be used: Permission denied" in done.stderr
+    assert "set FLY_BUILD_HOME" in done.stderr
+
+
 def test_logs_shows_the_end_and_no_escapes(own: Home, run: Run) -> None:
     own.prepare()
     own.log.write_text("".join(f"line {n}\n" for n in range(100)) + "\x1b[2Jred \x1b[31mhat\n")
@@ -178,6 +196,9 @@ def test_following_a_log_goes_on_and_notices_a_new_one(
         assert next(lines) == "three"
     log.write_text("new\n")
     assert next(lines) == "new"
+    log.rename(tmp_path / "old")
+    log.write_text("another\n")
+    assert next(lines) == "another"
 
 
 def test_a_token_needs_a_database_that_is_one(own: Home, run: Run) -> None:
