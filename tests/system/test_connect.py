@@ -114,6 +114,12 @@ def test_a_hijacked_stream_is_half_closed(connectable: Embedded) -> None:
     closed(connectable, url)
 
 
+def test_a_container_gets_no_rights_over_the_machine(connectable: Embedded) -> None:
+    ended = through(connectable, "run", "--rm", "--privileged", "any")
+    assert ended.code == 125
+    assert "does not allow privileged" in ended.err
+
+
 def test_docker_pulls_and_pushes(connectable: Embedded, tmp_path: Path) -> None:
     folder = app(tmp_path / "app", f"LABEL at={os.urandom(4).hex()}", name="connect")
     with connected(connectable) as (_, url):

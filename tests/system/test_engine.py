@@ -192,6 +192,12 @@ async def test_builder_is_started_when_the_engine_answers_and_serves_one_port(ho
         writer.write(b"GET /_ping HTTP/1.0\r\n\r\n")
         assert (await reader.read()).endswith(b"OK")
         writer.close()
+        # Whatever follows a request that was looked at is not heard.
+        reader, writer = await asyncio.open_connection(sock=await builder.connect(2375))
+        ping = b"GET /_ping HTTP/1.1\r\nHost: docker\r\nConnection: keep-alive\r\n\r\n"
+        writer.write(ping * 3)
+        assert (await reader.read()).count(b"HTTP/1.1 200 OK") == 1
+        writer.close()
         with pytest.raises(ConnectionRefusedError):
             await builder.connect(22)
 
