@@ -224,7 +224,7 @@ async def make(
         made = replace(made, loaded=await perform(load, built, record.emit))
     if order.publish:
         login = partial(world.login, registry_of(repository))
-        push = Push(engine, repository, label, login, world.pause)
+        push = Push(engine, repository, label, login, world.pause, world.limits.stall_s)
         pushed = await perform(push, built, record.emit)
         record.image = (pushed.image_id, pushed.tag, pushed.size_bytes)
         made = replace(made, pushed=pushed)

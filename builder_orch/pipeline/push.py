@@ -13,11 +13,18 @@ from tenacity import (
     wait_random_exponential,
 )
 
-from builder_orch.errors import BuilderFull, BuilderOrchError, PushDenied, PushFailed
+from builder_orch.errors import (
+    BuilderFull,
+    BuilderOrchError,
+    BuildStalled,
+    PushDenied,
+    PushFailed,
+)
 from builder_orch.events import Emit, Retry, Warned
 from builder_orch.pipeline.amount import readable
 from builder_orch.pipeline.build import Built
 from builder_orch.pipeline.engine import Engine, Login, Pause, Refused
+from builder_orch.pipeline.liveness import Patience, bounded
 from builder_orch.pipeline.messages import PushMessages
 from builder_orch.pipeline.thread import Relay
 
@@ -57,13 +64,15 @@ class Pushed:
 
 @dataclass(frozen=True, slots=True)
 class Push:
-    """Name the image, push it, and compare the registry's digest with the engine's."""
+    """Name the image, push it, and compare the registry's digest with the engine's; `stall_s` is
+    for a time in which nothing is heard of the push."""
 
     engine: Engine
     repository: str
     label: str
     credentials: Callable[[], Awaitable[Login | None]]
     pause: Pause
+    stall_s: float | None = None
     name: ClassVar[str] = "push"
 
     async def run(self, given: Built, emit: Emit) -> Pushed:
@@ -93,19 +102,31 @@ class Push:
                 hint="Check --image-label: letters, digits, dots, dashes and underscores.",
             ) from None
         messages = PushMessages()
-        relay = Relay(emit)
-
-        def take(octets: bytes) -> None:
-            for event in messages.feed(octets):
-                relay(event)
-
         login = await self.credentials()
+
+        async def work(emit: Emit) -> None:
+            relay = Relay(emit)
+
+            def take(octets: bytes) -> None:
+                for event in messages.feed(octets):
+                    relay(event)
+
+            try:
+                await self.engine.push(self.repository, self.label, login, take)
+            finally:
+                relay.close()
+
         try:
-            await self.engine.push(self.repository, self.label, login, take)
+            await bounded(work, Patience(stall_s=self.stall_s), emit)
         except Refused as error:
             raise self._judge(str(error)) from None
-        finally:
-            relay.close()
+        except BuildStalled:
+            registry = self.repository.partition("/")[0]
+            raise PushFailed(
+                f"the push to {registry} stood still for {self.stall_s:g} s, though the engine "
+                "answers",
+                hint="Look at the registry, which does not answer; --stall-timeout waits longer.",
+            ) from None
         for event in messages.finish():
             emit(event)
         if messages.lines.garbage:

@@ -306,7 +306,9 @@ async def test_a_dial_that_hangs_can_be_cancelled(fake: FakeEngine) -> None:
 # --- pushing
 
 
-async def push(fake: FakeEngine, events: list[Event] | None = None) -> Pushed:
+async def push(
+    fake: FakeEngine, events: list[Event] | None = None, stall_s: float | None = None
+) -> Pushed:
     logins = 0
 
     async def credentials() -> Login:
@@ -315,7 +317,7 @@ async def push(fake: FakeEngine, events: list[Event] | None = None) -> Pushed:
         return Login("x", Secret(f"planted-{logins}"))
 
     emit = (events if events is not None else []).append
-    stage = Push(engine_of(fake), REPOSITORY, "v1", credentials, at_once)
+    stage = Push(engine_of(fake), REPOSITORY, "v1", credentials, at_once, stall_s)
     return await perform(stage, Built(image_id("image"), 4096), emit)
 
 
@@ -330,6 +332,14 @@ async def test_a_push_is_proved_by_two_equal_digests(fake: FakeEngine) -> None:
     assert request.query["tag"] == ["v1"]
     assert "x-registry-auth" in request.headers
     assert "planted" not in repr(events) + repr(made) + repr(request.query)
+
+
+async def test_a_push_to_a_registry_that_does_not_answer_has_an_end(fake: FakeEngine) -> None:
+    fake.pushes = [[message(status="The push refers to repository [r/app]"), Act.HANG]]
+    with pytest.raises(PushFailed, match="stood still") as caught:
+        await push(fake, stall_s=0.1)
+    assert "--stall-timeout" in caught.value.hint
+    assert len(fake.asked("push")) == 1
 
 
 async def test_a_push_that_breaks_off_is_repeated_with_fresh_credentials(fake: FakeEngine) -> None:
