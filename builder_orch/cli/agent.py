@@ -11,6 +11,7 @@ from builder_orch.agent.place import Place
 from builder_orch.agent.spawn import COMMAND, ensure_agent
 from builder_orch.cli.answer import Facts, tell
 from builder_orch.cli.form import output_option
+from builder_orch.cli.log import write_log
 from builder_orch.cli.options import Duration
 from builder_orch.errors import Exit
 from builder_orch.events import Emit, PhaseReason
@@ -83,20 +84,9 @@ def be_agent(place: Place, idle_s: float) -> None:
     import asyncio
     import signal
 
-    import structlog
-
     from builder_orch.agent.server import Agent, Terms, serve
 
-    render = structlog.processors.KeyValueRenderer(key_order=["timestamp", "level", "event"])
-    structlog.configure(
-        processors=[
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso"),
-            structlog.processors.ExceptionRenderer(),
-            render,
-        ],
-        logger_factory=lambda *_: structlog.PrintLogger(sys.stderr),
-    )
+    write_log(sys.stderr)
 
     def begun(agent: Agent) -> None:
         loop = asyncio.get_running_loop()

@@ -5,7 +5,7 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
 from io import TextIOWrapper
 from pathlib import Path
@@ -15,6 +15,7 @@ import click
 
 from builder_orch.cli.answer import Facts, tell
 from builder_orch.cli.form import output_option
+from builder_orch.cli.log import write_log
 from builder_orch.cli.options import Duration
 from builder_orch.cli.text import plain
 from builder_orch.errors import BuilderOrchError, Exit, UsageFailure
@@ -143,7 +144,7 @@ def run_foreground(
         environment={name: value for name in PROXIES if (value := given.first(name)[0])},
     )
     try:
-        write_log(home, attached=report_to is None)
+        write_log(*open_logs(home, attached=report_to is None))
         serve(options)
     except BuilderOrchError as error:
         if report_to is not None:
@@ -153,37 +154,15 @@ def run_foreground(
         raise
 
 
-def write_log(home: Home, *, attached: bool) -> None:
-    """Log into the platform's file, and to the terminal too when there is one.
+def open_logs(home: Home, *, attached: bool) -> list[TextIO]:
+    """The platform's log, and the terminal too when there is one.
 
     In the background the file is standard error already, so that tracebacks end up in it.
     """
-    import structlog
-
     home.prepare()
-    # repr of each value: what others wrote can neither start a line nor move a cursor
-    render = structlog.processors.KeyValueRenderer(key_order=["timestamp", "level", "event"])
-    if attached:
-        file = TextIOWrapper(open_log(home), encoding="utf-8", line_buffering=True)
-        streams: list[TextIO] = [file, sys.stderr]
-    else:
-        streams = [sys.stderr]
-
-    def write(_logger: object, _name: str, event: MutableMapping[str, object]) -> str:
-        line = render(_logger, _name, event)
-        for stream in streams[:-1]:
-            stream.write(f"{line}\n")
-        return line
-
-    structlog.configure(
-        processors=[
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso"),
-            structlog.processors.ExceptionRenderer(),
-            write,
-        ],
-        logger_factory=structlog.WriteLoggerFactory(streams[-1]),
-    )
+    if not attached:
+        return [sys.stderr]
+    return [TextIOWrapper(open_log(home), encoding="utf-8", line_buffering=True), sys.stderr]
 
 
 @selfhost.command()

@@ -33,7 +33,7 @@ from graphql import (
     validate,
 )
 
-from builder_orch.selfhost.database import Code, Refused
+from builder_orch.selfhost.database import Code, Refused, is_full
 from builder_orch.selfhost.resolvers import Asker, Builder, Gateway, Runner, Services, bind
 from builder_orch.selfhost.rows import TokenRow
 from builder_orch.selfhost.store import Store
@@ -128,7 +128,7 @@ class _Endpoint:
             body = {"data": None, "errors": [_error(str(unreadable), Code.INVALID)]}
         except Exception as error:
             log.error("request failed", failure=_trace(error))  # noqa: TRY400 (see _trace)
-            body = {"data": None, "errors": [_server_error(request_id)]}
+            body = {"data": None, "errors": [_server_error(error, request_id)]}
         codes = [error["extensions"]["code"] for error in body.get("errors", ())]
         log.info("answered", operation=operation, codes=codes, took_s=round(monotonic() - began, 4))
         return web.json_response(body, status=status, headers={"X-Request-Id": request_id})
@@ -167,7 +167,7 @@ class _Endpoint:
                 shaped = _error(error.message, Code.INVALID)
             else:
                 log.error("resolver failed", path=error.path, failure=_trace(cause))
-                shaped = _server_error(request_id)
+                shaped = _server_error(cause, request_id)
             if error.path:
                 shaped["path"] = error.path
             errors.append(shaped)
@@ -271,8 +271,9 @@ def _error(message: str, code: str) -> Body:
     return {"message": message, "extensions": {"code": code}}
 
 
-def _server_error(request_id: str) -> Body:
-    return _error(f"Something went wrong on the platform (request {request_id}).", _SERVER_ERROR)
+def _server_error(error: BaseException, request_id: str) -> Body:
+    what = "There is no room on the disk of" if is_full(error) else "Something went wrong on"
+    return _error(f"{what} the platform (request {request_id}).", _SERVER_ERROR)
 
 
 def _trace(error: BaseException) -> str:

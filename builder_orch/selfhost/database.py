@@ -71,13 +71,18 @@ class Database:
             yield session
 
 
+def is_full(error: BaseException) -> bool:
+    """Whether a database failed for want of room on its disk."""
+    return isinstance(error, DBAPIError) and "disk is full" in str(error.orig)
+
+
 @contextmanager
 def database_failures(path: Path) -> Iterator[None]:
     """Translate what a database in a file refuses into failures with a next step."""
     try:
         yield
     except DBAPIError as error:
-        if "disk is full" in str(error.orig):
+        if is_full(error):
             raise LocalDiskFull(
                 f"no room for the database in {path.parent}", hint="free some space there"
             ) from error

@@ -3,11 +3,13 @@
 import asyncio
 import json
 import os
+import sqlite3
 import subprocess
 from collections.abc import AsyncIterator
 from ipaddress import IPv6Address
 from pathlib import Path
 from shutil import which
+from typing import NoReturn
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -17,6 +19,7 @@ from cryptography.hazmat.primitives.serialization import (
     SSHCertificate,
     load_ssh_public_identity,
 )
+from sqlalchemy.exc import OperationalError
 from structlog.testing import capture_logs
 
 from builder_orch.api.client import IDEMPOTENT_SELFHOST, Platform
@@ -45,6 +48,20 @@ async def host(tmp_path: Path) -> AsyncIterator[Selfhost]:
 
 
 # --- the story of a deploy
+
+
+async def test_a_disk_without_room_is_told_to_whoever_asked(
+    host: Selfhost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> NoReturn:
+        cause = sqlite3.OperationalError("database or disk is full")
+        raise OperationalError("INSERT", {}, cause)
+
+    async with host.platform() as platform:
+        organization = await platform.organization(None)
+        monkeypatch.setattr(host.store, "create_app", full)
+        with pytest.raises(PlatformUnavailable, match="no room on the disk of the platform"):
+            await platform.create_app(organization, "hello")
 
 
 async def test_a_deploy_from_the_first_question_to_the_last(host: Selfhost) -> None:
