@@ -216,7 +216,9 @@ def _status(home: Home) -> Facts:
 
 @selfhost.command()
 @click.option("-f", "--follow", "following", is_flag=True, help="Go on until Ctrl-C.")
-@click.option("-n", "--lines", type=click.IntRange(0), default=50, show_default=True)
+@click.option(
+    "-n", "--lines", type=click.IntRange(0), default=50, show_default=True, help="From the end."
+)
 def logs(following: bool, lines: int) -> None:
     """Show the end of the platform's log."""
     home = own_home()
@@ -230,7 +232,14 @@ def logs(following: bool, lines: int) -> None:
 
 
 @selfhost.command()
-@click.option("--expires", "lifetime_s", type=Duration(), default="1h", show_default=True)
+@click.option(
+    "--expires",
+    "lifetime_s",
+    type=Duration(),
+    default="1h",
+    show_default=True,
+    help="How long it is good for.",
+)
 @click.option("--owner", default="token", help="A name for it in the platform's records.")
 @output_option
 @click.pass_context

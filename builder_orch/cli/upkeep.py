@@ -44,7 +44,12 @@ _REACHING = (
     ),
     option("--api-url", default="", help="The platform's GraphQL endpoint."),
     option("--tunnel-timeout", type=Duration(), default=None, help="For the handshake; else 2m."),
-    option("--carrier", type=click.Choice(CARRIERS), default="auto", help="As for a deploy."),
+    option(
+        "--carrier",
+        type=click.Choice(CARRIERS),
+        default="auto",
+        help="The way to the gateway; auto tries UDP, then WebSocket (HTTPS).",
+    ),
     output_option,
 )
 

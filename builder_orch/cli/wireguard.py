@@ -17,7 +17,7 @@ from builder_orch.api.keyring import Entry, Keyring, Purpose
 from builder_orch.api.models import Granted, Organization, Secret
 from builder_orch.cli.answer import AGAIN
 from builder_orch.cli.deploy import Stop, identity, told
-from builder_orch.cli.form import OUTPUTS
+from builder_orch.cli.form import output_option
 from builder_orch.cli.options import CARRIERS, Duration, Flags
 from builder_orch.errors import BuilderOrchError, PeerUnknown, UsageFailure
 from builder_orch.events import Emit, Warned
@@ -91,15 +91,7 @@ _SHARED = (
         show_envvar=True,
         help="The platform's GraphQL endpoint.",
     ),
-    click.option(
-        "--output",
-        type=click.Choice(OUTPUTS),
-        default="text",
-        envvar="FLY_BUILD_OUTPUT",
-        show_envvar=True,
-        help="What stdout and stderr get.",
-    ),
-    click.option("--json", is_flag=True, help="The same as --output json."),
+    output_option,
 )
 
 
@@ -115,10 +107,9 @@ def shared(command: Callable[..., int]) -> Callable[..., None]:
         org: str | None,
         api_url: str,
         output: str,
-        json: bool,
         **given: Any,  # noqa: ANN401 - click's own types
     ) -> None:
-        flags = Flags(Path(), org=org, api_url=api_url, output=output, json=json)
+        flags = Flags(Path(), org=org, api_url=api_url, output=output)
         ctx.exit(command(flags, **given))
 
     made: Callable[..., None] = collected

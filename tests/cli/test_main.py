@@ -219,6 +219,21 @@ def test_every_command_with_an_answer_gives_it_in_all_forms() -> None:
         assert list(form.choices) == ["text", "json", "ndjson"], path
 
 
+def test_the_variable_for_json_counts_for_every_command_with_an_answer() -> None:
+    for path, command in commands():
+        if path.endswith((" logs", " failing")):
+            continue
+        short = next(option for option in command.params if option.name == "json")
+        assert short.envvar == "FLY_BUILD_JSON", path
+
+
+def test_every_option_says_what_it_is_for() -> None:
+    for path, command in commands():
+        for option in command.params:
+            if isinstance(option, click.Option) and not option.hidden:
+                assert option.help, f"{path} {option.name}"
+
+
 def test_a_defect_keeps_its_traceback() -> None:
     with pytest.raises(ZeroDivisionError):
         cli.main(["failing", "defect"])
