@@ -20,6 +20,7 @@ from builder_orch.errors import (
     BuilderOrchError,
     BuildFailed,
     DockerfileInvalid,
+    PushDenied,
     UsageFailure,
 )
 from builder_orch.events import Emit, PhaseReason, Progress, Step, Warned
@@ -31,7 +32,7 @@ from builder_orch.pipeline.engine import BUILDKIT, CLASSIC, Engine, Recipe, Refu
 from builder_orch.pipeline.kit import Broken, Host, Journey, build_by_kit
 from builder_orch.pipeline.line import Line
 from builder_orch.pipeline.liveness import Patience, bounded
-from builder_orch.pipeline.messages import BuildMessages, Failure, StepTimes
+from builder_orch.pipeline.messages import DENIED, BuildMessages, Failure, StepTimes
 from builder_orch.pipeline.output import Exported
 from builder_orch.pipeline.outside import Logins, nobody
 from builder_orch.pipeline.pack import archive, archive_size
@@ -77,6 +78,7 @@ _HINTS = (
     ),
 )
 _CONTEXTS = re.compile(r"unsupported frontend capability \S*contexts")
+_PUSHING = re.compile(r"failed to push (\S+):")
 _CUT = re.compile(r"processing tar|unexpected EOF|invalid tar header", re.IGNORECASE)
 
 
@@ -352,6 +354,11 @@ def judge(
         )
     if _FULL.search(said):
         return _full(f"{where}: {said}")
+    if (pushing := _PUSHING.search(said)) and DENIED.search(said):
+        return PushDenied(
+            f"the registry refuses to let us push {pushing[1]}: {said}",
+            hint="Log in to it (docker login), as somebody who may write there.",
+        )
     if _BAD_DOCKERFILE.search(said):
         return DockerfileInvalid(
             f"the builder does not accept the Dockerfile: {said}", hint=_dockerfile_hint(said)

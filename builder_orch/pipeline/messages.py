@@ -17,6 +17,13 @@ TAIL = 50
 PROGRESS_STEP = 1 << 20
 """Octets between two announcements of how far a push has come."""
 
+DENIED = re.compile(
+    r"\bdenied\b|unauthorized|no basic auth credentials|authentication required|forbidden"
+    r"|insufficient_scope|HTTP status:? 40[13]",
+    re.IGNORECASE,
+)
+"""How an engine says that a registry turned us away."""
+
 _STEP = re.compile(r"Step (\d{1,6})/(\d{1,6}) : (.*)\Z")
 _RETRYING = re.compile(r"Retrying in (\d{1,6}) seconds?\Z")
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")

@@ -25,16 +25,11 @@ from builder_orch.pipeline.amount import readable
 from builder_orch.pipeline.build import Built
 from builder_orch.pipeline.engine import Engine, Login, Pause, Refused
 from builder_orch.pipeline.liveness import Patience, bounded
-from builder_orch.pipeline.messages import PushMessages
+from builder_orch.pipeline.messages import DENIED, PushMessages
 from builder_orch.pipeline.thread import Relay
 
 TRIES = 3
 
-_DENIED = re.compile(
-    r"\bdenied\b|unauthorized|no basic auth credentials|authentication required|forbidden"
-    r"|insufficient_scope|HTTP status:? 40[13]",
-    re.IGNORECASE,
-)
 _TRANSPORT = re.compile(
     r"connection (refused|reset)|broken pipe|\bEOF\b|time-?out|timed out|no such host|dial tcp"
     r"|HTTP status:? (5\d\d|429)|\b(500|502|503|504)\b|internal server error|bad gateway"
@@ -159,7 +154,7 @@ class Push:
 
     def _judge(self, said: str) -> BuilderOrchError:
         registry = self.repository.partition("/")[0]
-        if _DENIED.search(said):
+        if DENIED.search(said):
             return PushDenied(
                 f"the registry {registry} refuses to let us push {self.repository}: {said}",
                 hint="Check that the token may write to this app's images.",

@@ -12,6 +12,7 @@ from builder_orch.errors import (
     BuilderOrchError,
     BuildFailed,
     DockerfileInvalid,
+    PushDenied,
 )
 from builder_orch.events import Event, Log, Progress, Step, StepFinished
 from builder_orch.pipeline.build import judge
@@ -162,6 +163,7 @@ def test_any_sign_of_failure_is_one(fields: dict[str, object], text: str) -> Non
     ("said", "status", "step", "kind"),
     [
         ("write /x: no space left on device", 200, True, BuilderFull),
+        ("failed to push r.test/a:1: unexpected status: 403 Forbidden", 200, False, PushDenied),
         ("dockerfile parse error on line 2: unknown instruction: X", 400, False, DockerfileInvalid),
         ('failed to reach build target x: target stage "x" could', 400, False, DockerfileInvalid),
         ('failed to parse stage name "A:::b": invalid', 400, False, DockerfileInvalid),
