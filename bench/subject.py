@@ -112,11 +112,10 @@ async def forward(text: str, address: str, path: str) -> None:
 
 
 async def kit(text: str, folder: str) -> None:
-    """A build by our BuildKit session, its tunnel included."""
-    from builder_orch.pipeline.build import Build, Send, building
-    from builder_orch.pipeline.context import Directory, scan
-    from builder_orch.pipeline.engine import BUILDKIT, Engine, Recipe, wait_for_engine
-    from builder_orch.pipeline.stage import perform
+    """A build by our BuildKit session, its tunnel included.
+
+    As in a deploy, the tunnel's process starts first, and the context is looked at meanwhile.
+    """
     from builder_orch.tunnel.config import TunnelConfig
     from builder_orch.tunnel.hosted import hosting
 
@@ -125,14 +124,20 @@ async def kit(text: str, folder: str) -> None:
 
     config = TunnelConfig.parse(text)
     (network,) = config.peers[0].allowed
-    async with hosting() as opener, opener(config) as tunnel:
-        engine = Engine(network.network_address, tunnel.dial)
-        ready = await wait_for_engine(engine, ignore, limit_s=30)
+    async with hosting() as opener:
+        from builder_orch.pipeline.build import Build, Send, building
+        from builder_orch.pipeline.context import Directory, scan
+        from builder_orch.pipeline.engine import BUILDKIT, Engine, Recipe, wait_for_engine
+        from builder_orch.pipeline.stage import perform
+
         context = scan(Directory(Path(folder)), ignore)
         recipe = Recipe(context.dockerfile_name, builder=BUILDKIT, node="bench")
-        async with building(ready, context, recipe, ignore) as under_way:
-            await perform(Send(), under_way, ignore)
-            await perform(Build(), under_way, ignore)
+        async with opener(config) as tunnel:
+            engine = Engine(network.network_address, tunnel.dial)
+            ready = await wait_for_engine(engine, ignore, limit_s=30)
+            async with building(ready, context, recipe, ignore) as under_way:
+                await perform(Send(), under_way, ignore)
+                await perform(Build(), under_way, ignore)
 
 
 def classic(path: str, folder: str) -> None:

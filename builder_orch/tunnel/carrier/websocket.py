@@ -16,8 +16,6 @@ from collections import Counter, deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-from cryptography import x509
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_exponential_jitter
 
 from builder_orch.tunnel.carrier import (
@@ -76,6 +74,10 @@ def unverified() -> ssl.SSLContext:
 
 def spki_sha256(certificate: bytes) -> bytes:
     """What a pin is compared with, from a certificate in DER."""
+    # Only who calls by WebSocket and has a pin pays for this.
+    from cryptography import x509
+    from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
     key = x509.load_der_x509_certificate(certificate).public_key()
     spki = key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
     return hashlib.sha256(spki).digest()
