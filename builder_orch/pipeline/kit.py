@@ -52,7 +52,8 @@ _WRAPPED = re.compile(
     r"|rpc error: code = \w+ desc = )+"
 )
 _NO_SESSION = re.compile(
-    r"no active session|session healthcheck failed|context cancell?ed\Z|transport is closing"
+    r"no active session|session healthcheck failed|context cancell?ed\Z"
+    r"|transport is closing|client connection is closing"
     r"|no such job|error reading from server: EOF",
     re.IGNORECASE,
 )

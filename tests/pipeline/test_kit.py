@@ -186,7 +186,14 @@ async def test_a_session_that_the_engine_lost_is_replaced_once(
     assert len(set(daemon.session_ids)) == 2
 
 
-@pytest.mark.parametrize("said", ["session healthcheck failed fatally", "context canceled"])
+@pytest.mark.parametrize(
+    "said",
+    [
+        "session healthcheck failed fatally",
+        "context canceled",
+        "grpc: the client connection is closing",
+    ],
+)
 async def test_what_was_sent_to_a_session_that_is_lost_is_not_sent_again(
     fake: FakeEngine, daemon: FakeDaemon, root: Path, said: str
 ) -> None:
