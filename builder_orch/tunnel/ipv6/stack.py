@@ -311,6 +311,8 @@ class Stack:
             self._waits.return_to(key, now)
         if connection.state is State.TIME_WAIT:
             self._waits.add(key, connection, now)
+        elif not connection.is_passive:
+            self._waits.leave(key, now)
 
     # -- packets in
 

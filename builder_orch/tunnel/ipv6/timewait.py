@@ -48,15 +48,20 @@ class _Wait:
 
 
 class TimeWaits:
-    """All connections in TIME-WAIT, by demultiplexing key, the first to expire first."""
+    """All connections in TIME-WAIT, by demultiplexing key, the first to expire first.
+
+    And the names of those that the peer may have in TIME-WAIT, for as long.
+    """
 
     def __init__(self) -> None:
         # Not a dict: taking the first of a dict again and again steps over all that were taken.
         self._waits: OrderedDict[bytes, _Wait] = OrderedDict()
         self._reopened: dict[bytes, _Wait] = {}
+        self._left: OrderedDict[bytes, float] = OrderedDict()
 
     def __contains__(self, key: bytes) -> bool:
-        return key in self._waits
+        """Whether one of the two sides may wait in this name."""
+        return key in self._waits or key in self._left
 
     def __len__(self) -> int:
         return len(self._waits)
@@ -64,6 +69,17 @@ class TimeWaits:
     def add(self, key: bytes, connection: Connection, now: float) -> None:
         """Wait in the name of a connection."""
         self._keep(key, _Wait(connection), now)
+
+    def leave(self, key: bytes, now: float) -> None:
+        """A connection is over and it is the peer who waits, if anybody does.
+
+        Its name is not to be used for as long: numbers of ours that moved faster than the clock
+        they begin by would look old to the peer, who then answers no SYN.
+        """
+        if len(self._left) >= MAX_WAITS:
+            self._left.popitem(last=False)
+        self._left[key] = now + TIME_WAIT
+        self._left.move_to_end(key)
 
     def deadline(self) -> float | None:
         """When the oldest is over."""
@@ -73,6 +89,8 @@ class TimeWaits:
         """Let go of those whose time has come."""
         while self._waits and next(iter(self._waits.values())).expires_at <= now:
             self._waits.popitem(last=False)
+        while self._left and next(iter(self._left.values())) <= now:
+            self._left.popitem(last=False)
 
     def receive(self, key: bytes, segment: Segment, now: float) -> bytes | None:
         """The answer to a segment, b"" for none; None when it is no business of a wait.

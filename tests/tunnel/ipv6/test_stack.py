@@ -13,7 +13,7 @@ from builder_orch.tunnel.ipv6.events import (
     Unreachable,
 )
 from builder_orch.tunnel.ipv6.segment import ACK, FIN, RST, SYN, Template
-from builder_orch.tunnel.ipv6.stack import ANSWERS_PER_SECOND, BACKLOG, FIRST_EPHEMERAL
+from builder_orch.tunnel.ipv6.stack import ANSWERS_PER_SECOND, BACKLOG, FIRST_EPHEMERAL, Stack
 from builder_orch.tunnel.ipv6.state import End, State
 from tests.sim import Weather
 from tests.tunnel.ipv6.script import Script, is_in
@@ -169,6 +169,25 @@ def test_ports_in_the_wait_are_not_used_again() -> None:
     port = script.ports[0]
     used = [script.stack.connect((RIGHT.packed, PORT), script.now).local[1] for _ in range(2000)]
     assert port not in used
+
+
+def test_a_port_that_the_peer_may_wait_for_is_not_used_again_until_that_is_over() -> None:
+    """It closed first, so the wait is there; what we sent has outrun the clock of our numbers."""
+    client = Stack([LEFT], mtu=1420, entropy=bytes)  # always the first port that is free
+    world = World(CLEAR, client=client)
+    ours, theirs = world.established()
+    ours.write(bytes(100_000))
+    world.run(lambda: not ours.sender.holds_data, limit_s=5)
+    theirs.read(1 << 20)
+    theirs.close()
+    world.run(lambda: ours.at_eof, limit_s=5)
+    ours.close()
+    world.run(lambda: bool(ours.end), limit_s=5)
+    next_one, _ = world.established()
+    assert (ours.local[1], next_one.local[1]) == (FIRST_EPHEMERAL, FIRST_EPHEMERAL + 1)
+    world.run_for(61)
+    later, _ = world.established()
+    assert later.local[1] == FIRST_EPHEMERAL
 
 
 # -- UDP and ICMPv6
