@@ -21,6 +21,10 @@ NEAR, FAR, OTHER = "fdaa:0:b::2", "fdaa:0:b::3", "fdaa:0:b::4"
 PLAIN_NEAR, PLAIN_FAR = "fdaa:0:c::2", "fdaa:0:c::3"
 UDP_PORT = 51820
 RELAY_PORT = 51821
+KERNEL_CONTROLS = ("cubic", "reno")
+"""What the kernels' TCP is set to, the first that a namespace may have: CUBIC is what nearly all
+come with. With BBR below, WebSockets are a third as fast: of two models of one path, ours above and
+its below, each takes the other's restraint for the path's limit."""
 GATEWAY_PORT = 51822
 
 
@@ -75,6 +79,7 @@ class Lab:
         for name in (self.near, self.far):
             self.ip("netns", "add", name)
             self.ip("-n", name, "link", "set", "lo", "up")
+            self.control(name)
         self.ip("-n", self.near, *f"link add v0 type veth peer v0 netns {self.far}".split())
         for name, host, plain in (
             (self.near, NEAR_HOST, PLAIN_NEAR),
@@ -92,6 +97,15 @@ class Lab:
         self.gateway_config = self.out / "gateway.conf"
         self.port = UDP_PORT
         self.clear()
+
+    def control(self, name: str) -> None:
+        """Set the congestion control of a namespace's kernel."""
+        for kind in KERNEL_CONTROLS:
+            words = ["sh", "-c", f"echo {kind} >/proc/sys/net/ipv4/tcp_congestion_control"]
+            inside = ["ip", "netns", "exec", name, *words]
+            if not subprocess.run(inside, check=False, capture_output=True).returncode:
+                return
+        raise SystemExit(f"bench: none of {', '.join(KERNEL_CONTROLS)} can be had")
 
     def gateway(self, *, backend: str = "") -> None:
         """A gateway of ours at the far end, and the configuration that leads to it.
