@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 HEADER = struct.Struct("!cQ")
-BLOCK = 1 << 20
+BLOCK = 1 << 21
 """As much as goes through while a busy thread keeps Python to itself for its 5 ms."""
 ECHO = 64
 
