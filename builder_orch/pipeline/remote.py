@@ -186,7 +186,8 @@ def unpack(archive: Path, into: Path, name: str) -> Path:
     try:
         with tarfile.open(archive, "r|*") as tar:
             _Unpacking(into, name).all_of(tar)
-    except (tarfile.TarError, EOFError, zlib.error, OSError, ValueError) as error:
+    except (tarfile.TarError, EOFError, zlib.error, OSError, ValueError, TypeError) as error:
+        # TypeError is what some versions of tarfile make of a gzip header that ends too early.
         if isinstance(error, OSError) and error.errno is not None:
             raise
         raise ContextRefused(

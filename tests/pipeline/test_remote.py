@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from aiohttp import web
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from builder_orch.errors import ContextRefused, UsageFailure
@@ -338,6 +338,7 @@ WHOLE = [member("Dockerfile", b"FROM scratch\n"), member("data", os.urandom(3000
 
 @settings(deadline=None)
 @given(st.binary(max_size=600), st.integers(0, 3000), st.booleans())
+@example(b"", 3, True)
 def test_garbage_is_no_archive(
     tmp_path_factory: pytest.TempPathFactory, octets: bytes, cut: int, packed: bool
 ) -> None:

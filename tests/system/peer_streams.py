@@ -1,17 +1,21 @@
-"""A process with an ephemeral peer of its own that talks to the builder's engine until stdin ends.
+"""A process with an ephemeral peer of its own that talks through its tunnel until stdin ends.
 
 usage: peer_streams stream | proxy
 
-`stream` keeps one connection through the tunnel, as ssh would; `proxy` forwards a local port and
-makes a new connection through it for each question. At the end a line of JSON tells how it went.
+`stream` keeps one connection, as ssh would, and asks the resolver by it; `proxy` forwards a local
+port to the builder's engine and makes a new connection through it for each question. At the end a
+line of JSON tells how it went.
 """
 
 import asyncio
 import json
+import struct
 import sys
+from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
-from ipaddress import IPv6Address
 from pathlib import Path
+
+import dns.message
 
 from builder_orch.api.client import IDEMPOTENT_SELFHOST, Platform
 from builder_orch.api.keyring import Keyring
@@ -22,38 +26,44 @@ from builder_orch.tunnel.forward import Dialled, forward_port
 from builder_orch.tunnel.hosted import HostedTunnel, hosting
 
 PORT = 2375
+RESOLVER_PORT = 53
 ASK = b"GET /_ping HTTP/1.1\r\nHost: builder\r\n\r\n"
+QUERY = dns.message.make_query("_api.internal", "AAAA")
+
+Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
-async def ask(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+async def ask_resolver(streams: Streams) -> None:
+    reader, writer = streams
+    query = QUERY.to_wire()
+    writer.write(struct.pack("!H", len(query)) + query)
+    (size,) = struct.unpack("!H", await reader.readexactly(2))
+    assert QUERY.is_response(dns.message.from_wire(await reader.readexactly(size)))
+
+
+async def ask_engine(local: int) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", local)
     writer.write(ASK)
-    head = await reader.readuntil(b"\r\n\r\n")
-    assert head.startswith(b"HTTP/1.1 200"), head
-    assert await reader.readexactly(2) == b"OK"
+    said = await reader.read()
+    assert said.startswith(b"HTTP/1.1 200"), said
+    assert said.endswith(b"\r\n\r\nOK"), said
+    writer.close()
 
 
 async def talk(
-    tunnel: HostedTunnel, address: IPv6Address, local: int | None, over: asyncio.Task[bytes]
+    tunnel: HostedTunnel, ask: Callable[[], Awaitable[None]], over: asyncio.Task[bytes]
 ) -> dict[str, object]:
-    """Ask again and again: on one connection, or through `local`, each time on a new one."""
+    """Ask again and again."""
     clock = asyncio.get_running_loop().time
     rounds, worst_s, routes = 0, 0.0, {await tunnel.route()}
-    kept = (
-        None if local else await asyncio.open_connection(sock=await tunnel.dial(str(address), PORT))
-    )
     while not over.done():
         began = clock()
-        reader, writer = kept or await asyncio.open_connection("127.0.0.1", local)
-        await ask(reader, writer)
-        if kept is None:
-            writer.close()
+        await ask()
         rounds, worst_s = rounds + 1, max(worst_s, clock() - began)
         routes.add(await tunnel.route())
         if rounds == 1:
             say(event="talking")
         await asyncio.wait({over}, timeout=0.05)
-    if kept is not None:
-        kept[1].close()
     return {"rounds": rounds, "worst_s": worst_s, "routes": len(routes)}
 
 
@@ -86,10 +96,13 @@ async def main(kind: str) -> None:
         over = asyncio.ensure_future(stdin.read())
         if kind == "proxy":
             forward = forward_port(Dialled(opening.dial), str(builder.address), PORT)
-            local = await closing.enter_async_context(forward)
-            found = await talk(opening, builder.address, int(local), over)
+            local = int(await closing.enter_async_context(forward))
+            found = await talk(opening, lambda: ask_engine(local), over)
         else:
-            found = await talk(opening, builder.address, None, over)
+            sock = await opening.dial(str(config.dns), RESOLVER_PORT)
+            kept = await asyncio.open_connection(sock=sock)
+            found = await talk(opening, lambda: ask_resolver(kept), over)
+            kept[1].close()
         say(event="done", **found)
 
 
