@@ -403,6 +403,17 @@ def test_a_signal_ends_the_run_with_a_result_and_nothing_left(
     assert [one["status"] for one in used.world.platform.builds.values()] == ["cancelled"]
 
 
+def ran(program: str) -> "subprocess.CompletedProcess[str]":
+    """A program of its own: signals go to whole processes."""
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+
+
 def test_a_second_ctrl_c_ends_at_once() -> None:
     program = """
         import asyncio, os, signal
@@ -420,13 +431,7 @@ def test_a_second_ctrl_c_ends_at_once() -> None:
 
         asyncio.run(main())
     """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program)],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-    )
+    done = ran(program)
     assert (done.returncode, done.stdout) == (130, "tidying up\nFinished\n")
 
 
@@ -447,13 +452,7 @@ def test_nohup_keeps_a_run_going() -> None:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         asyncio.run(main())
     """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program)],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-    )
+    done = ran(program)
     assert (done.returncode, done.stdout) == (0, "SIGTERM\n"), done.stderr
 
 
