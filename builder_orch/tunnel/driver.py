@@ -3,7 +3,6 @@
 import asyncio
 import os
 import socket
-import struct
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -23,6 +22,7 @@ from builder_orch.tunnel.carrier.udp import UdpCarrier
 from builder_orch.tunnel.carrier.websocket import WebSocketCarrier
 from builder_orch.tunnel.clock import boot_time
 from builder_orch.tunnel.config import PeerConfig, PublicKey, TunnelConfig
+from builder_orch.tunnel.echo import Echoes
 from builder_orch.tunnel.ipv6.connection import Connection
 from builder_orch.tunnel.ipv6.events import (
     Accepted,
@@ -35,7 +35,7 @@ from builder_orch.tunnel.ipv6.events import (
     Writable,
 )
 from builder_orch.tunnel.ipv6.stack import Stack
-from builder_orch.tunnel.machine import Address, Endpoint
+from builder_orch.tunnel.machine import TRAIN_PACKETS, Address, Endpoint
 from builder_orch.tunnel.stamps import Stamps
 from builder_orch.tunnel.stream import Splice, failed, loopback_pair, reset
 from builder_orch.tunnel.usurper import ECHO_S, Usurper
@@ -47,7 +47,6 @@ from builder_orch.tunnel.wireguard.interface import (
     SessionStarted,
 )
 
-PING_PAYLOAD = bytes(range(32))
 BACKEND_TIMEOUT_S = 10.0
 OVERDUE_S = 1.0
 """How long an answer to a handshake may take before somebody is told of waiting for it."""
@@ -100,13 +99,14 @@ class Tunnel:
         )
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = 0.0
+        self._arrived: list[bytes] = []
         self._pumping = False
         self._closed = False
         self._splices: dict[Connection, Splice] = {}
         self._opening: dict[Connection, asyncio.Future[None]] = {}
         self._backends: dict[tuple[bytes | None, int | None], Backend] = {}
         self._answers: dict[int, Answer] = {}
-        self._echoes: dict[tuple[bytes, int, int], asyncio.Future[None]] = {}
+        self._echoes = Echoes(self._stack.ping, self.pump)
         self._established: dict[PublicKey, asyncio.Event] = {}
         self._attempts = 0
         self._usurper = Usurper()
@@ -226,18 +226,7 @@ class Tunnel:
 
     async def ping(self, address: IPv6Address, *, timeout_s: float = 5.0) -> float:
         """Seconds that an ICMPv6 echo took there and back; TimeoutError without an answer."""
-        identifier, sequence = struct.unpack("!HH", os.urandom(4))
-        key = (address.packed, identifier, sequence)
-        self._echoes[key] = future = self._loop.create_future()
-        began = boot_time()
-        try:
-            self._stack.ping(address.packed, identifier, sequence, PING_PAYLOAD)
-            self.pump()
-            async with asyncio.timeout(timeout_s):
-                await future
-        finally:
-            del self._echoes[key]
-        return boot_time() - began
+        return await self._echoes.ask(address, timeout_s)
 
     async def ready(
         self, *, timeout_s: float, report: Callable[[str], None] = lambda _: None
@@ -276,8 +265,7 @@ class Tunnel:
     def _probe(self) -> None:
         """Have the gateway answer something small, so that each side knows of the other."""
         if self._config.dns is not None:
-            self._stack.ping(self._config.dns.packed, 0, 0, PING_PAYLOAD)
-            self.pump()
+            self._echoes.probe(self._config.dns)
 
     def _renew(self, host: IPv6Address) -> None:
         self._interface.summon(host.packed, boot_time(), again=True)
@@ -333,7 +321,7 @@ class Tunnel:
 
     def _turn(self, now: float) -> None:
         stack, interface, carrier = self._stack, self._interface, self._carrier
-        events = stack.events()
+        events = self._events(now)
         while True:
             for event in events:
                 self._handle(event)
@@ -348,7 +336,7 @@ class Tunnel:
             began = self._kick_after_handshakes(now)
             for datagrams in outgoing:
                 carrier.send(datagrams)
-            events = stack.events()
+            events = self._events(now)
             if not events and not began:
                 return
 
@@ -403,7 +391,18 @@ class Tunnel:
         if packets:
             if self._capture is not None:
                 self._capture.record(packets)
-            self._stack.receive(packets, now)
+            self._arrived += packets
+            if len(self._arrived) >= TRAIN_PACKETS:
+                self._take_arrived(now)
+
+    def _take_arrived(self, now: float) -> None:
+        """Acknowledgements come one by one, and what they cost is mostly the same for several."""
+        packets, self._arrived = self._arrived, []
+        self._stack.receive(packets, now)
+
+    def _events(self, now: float) -> list[Event]:
+        self._take_arrived(now)
+        return self._stack.events()
 
     def _handle(self, event: Event) -> None:
         match event:
@@ -422,10 +421,8 @@ class Tunnel:
                 self._own(self._accept(connection))
             case DatagramReceived():
                 self._answer(event)
-            case EchoReplied(remote=remote, identifier=identifier, sequence=sequence):
-                echo = self._echoes.get((remote, identifier, sequence))
-                if echo is not None and not echo.done():
-                    echo.set_result(None)
+            case EchoReplied():
+                self._echoes.replied(event)
             case _:
                 pass
 

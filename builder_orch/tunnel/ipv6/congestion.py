@@ -11,6 +11,8 @@ beside it on 100 Mbit/s with a queue of 20 ms keeps 40 to 54 %.
 
 from typing import NamedTuple, Protocol
 
+from builder_orch.tunnel.ipv6.pacer import GRAIN
+
 INITIAL_SEGMENTS = 10
 """RFC 6928."""
 
@@ -23,6 +25,7 @@ class Delivered(NamedTuple):
     that the application bounded. `limited` says that cwnd was what held the sender back.
     `delivered` and `losses` are sums over the connection. What the connection looked like when the
     newest of these octets were sent: `sent_delivered`, `sent_losses` and, with them, `sent_flight`.
+    A train holds what the rate moves in `grain` seconds.
     """
 
     now: float
@@ -38,6 +41,7 @@ class Delivered(NamedTuple):
     sent_delivered: int
     sent_losses: int
     sent_flight: int
+    grain: float = GRAIN
 
 
 class Congestion(Protocol):

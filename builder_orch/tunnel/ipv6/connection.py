@@ -11,6 +11,7 @@ from typing import Protocol, Self
 from builder_orch.tunnel.ipv6.bbr import Bbr
 from builder_orch.tunnel.ipv6.congestion import Congestion
 from builder_orch.tunnel.ipv6.handshake import Handshake
+from builder_orch.tunnel.ipv6.pacer import GRAIN
 from builder_orch.tunnel.ipv6.receiver import CAPACITY, MAX_BLOCKS
 from builder_orch.tunnel.ipv6.repair import FLOOR_MTU
 from builder_orch.tunnel.ipv6.segment import ACK, Segment, sack_option
@@ -192,8 +193,11 @@ class Connection(ControlBlock):
                 earliest = at
         return None if earliest == inf else earliest
 
-    def transmit(self, now: float, path: bool) -> list[Train]:
-        """Whatever may go now; nothing while `path` is closed, which holds the connection."""
+    def transmit(self, now: float, path: bool, grain: float = GRAIN) -> list[Train]:
+        """Whatever may go now; nothing while `path` is closed, which holds the connection.
+
+        `grain` is of `Pacer`.
+        """
         self._expire(now)
         if not path:
             self.held = self._wants_to_send(now)
@@ -215,7 +219,7 @@ class Connection(ControlBlock):
         if self._stamps is not None:
             self.template.stamp(self._stamps.option(now))
         window = receiver.window()
-        sent = self.sender.transmit(now, receiver.nxt, window)
+        sent = self.sender.transmit(now, receiver.nxt, window, grain)
         if self._keepalive_due(now):
             self._keepalive.asked(now)
             self.sender.outbox.emit_probe(sent, self.sender.una, receiver.nxt, window)

@@ -47,6 +47,15 @@ class Outbox:
             del self._chunks[:done]
             del self._starts[:done]
 
+    def whole(self, start: int, octets: int, train: int) -> int:
+        """So many of `octets`, more than a train, from `start` as end where a train does.
+
+        Trains are counted from the start of each chunk, so that none lies across two of them.
+        """
+        stop = start + octets
+        chunk = bisect_right(self._starts, stop) - 1
+        return octets - (stop - self._starts[chunk]) % train
+
     def emit(
         self, trains: list[Train], start: int, stop: int, size: int, ack: int, window: int
     ) -> None:

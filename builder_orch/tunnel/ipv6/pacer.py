@@ -2,11 +2,19 @@
 
 GRAIN = 1e-3
 """Timers above us are about this exact, so a train holds what the rate moves in this time."""
+SHARES = 8
+"""Of so many streams at once each sends as much more at a time, and as much less often: together
+they burst no more than one that had all of it, and their trains are as long."""
 PAUSE = 2e-3
 """How much of a time in which the rate was not what held us is made up for; more is a burst."""
 LATE = 5e-2
 """The same when only the rate held us, and whoever should have called us then was late."""
 LATE_TRAINS = 4
+
+
+def grain(streams: int) -> float:
+    """The time whose worth a train holds when so many streams have something to send."""
+    return GRAIN * min(max(streams, 1), SHARES)
 
 
 class Pacer:
@@ -18,10 +26,11 @@ class Pacer:
     bandwidth would lie below the one before, until next to nothing is sent.
     """
 
-    __slots__ = ("_credit", "next_at")
+    __slots__ = ("_credit", "grain", "next_at")
 
     def __init__(self) -> None:
         self.next_at = 0.0
+        self.grain = GRAIN
         self._credit = PAUSE
 
     def called(self, *, waited: bool) -> None:
@@ -33,7 +42,7 @@ class Pacer:
         late = now - self.next_at
         if late < 0:
             return 0
-        quantum = rate * GRAIN
+        quantum = rate * self.grain
         quantum = train if quantum > train else max(quantum, 2 * mss)
         return int(quantum + min(min(self._credit, late) * rate, LATE_TRAINS * train))
 

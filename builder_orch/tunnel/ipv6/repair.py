@@ -296,6 +296,7 @@ class Repair:
                 newest.delivered,
                 newest.losses,
                 newest.flight,
+                self._pacer.grain,
             ),
             self._frozen,
         )

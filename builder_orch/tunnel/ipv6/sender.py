@@ -5,6 +5,7 @@ Read `Scoreboard` (what is in flight), `Outbox` (what is written) and `Repair` (
 
 from builder_orch.tunnel.ipv6.congestion import Congestion
 from builder_orch.tunnel.ipv6.outbox import Outbox
+from builder_orch.tunnel.ipv6.pacer import GRAIN
 from builder_orch.tunnel.ipv6.repair import FLOOR_MTU, Repair
 from builder_orch.tunnel.ipv6.rtt import MAX_RTO
 from builder_orch.tunnel.ipv6.search import FOLLOWERS
@@ -69,6 +70,11 @@ class Sender(Repair):
     def is_roomy(self) -> bool:
         """At least half of the capacity is free: time to ask for more."""
         return self.room() * 2 >= self._capacity
+
+    @property
+    def is_waiting(self) -> bool:
+        """Something written has not been sent."""
+        return self.nxt < self.outbox.end
 
     @property
     def is_done(self) -> bool:
@@ -158,9 +164,13 @@ class Sender(Repair):
                 at = other
         return at
 
-    def transmit(self, now: float, ack: int, window: int) -> list[Train]:
-        """Run the timers that are due and send what may go, with these acknowledgement fields."""
+    def transmit(self, now: float, ack: int, window: int, grain: float = GRAIN) -> list[Train]:
+        """Run the timers that are due and send what may go, with these acknowledgement fields.
+
+        `grain` is of `Pacer`.
+        """
         trains: list[Train] = []
+        self._pacer.grain = grain
         self._pacer.called(waited=self._pace_at is not None)
         self._pace_at = None
         if self.una == self.nxt == self.outbox.last:
@@ -201,7 +211,7 @@ class Sender(Repair):
             return
         octets = min(offered, room)
         if octets < outbox.end - self.nxt:
-            whole = octets - octets % mss
+            whole = self._whole(octets)
             if octets == offered and not whole and not board.in_flight:
                 # Silly windows: half of what the peer ever offered will do (RFC 9293 §3.8.6.2.1).
                 whole = octets if octets * 2 >= self._max_window else 0
@@ -247,7 +257,7 @@ class Sender(Repair):
             reach = self.outbox.last
         allowed = self._room(self.congestion.cwnd)
         if allowed >= mss:
-            allowed = self._paced(min(allowed, board.lost), now)
+            allowed = self._paced(min(allowed, board.lost), now, fresh=False)
         if self._urgent or not board.in_flight:
             allowed = max(allowed, mss)
             self._urgent = False
@@ -282,7 +292,18 @@ class Sender(Repair):
         self._spent(octets, now)
         self._arm_probe(now)
 
-    def _paced(self, octets: int, now: float) -> int:
+    def _whole(self, octets: int) -> int:
+        """As much of `octets` as makes whole packets, and whole trains where it is more than one.
+
+        What is left of a train waits for the rest of it: whole ones cost least, at both ends.
+        """
+        mss = self.mss
+        train = mss * train_limit(mss + self._overhead)
+        if octets > train:
+            octets = self.outbox.whole(self.nxt, octets, train)
+        return octets - octets % mss
+
+    def _paced(self, octets: int, now: float, *, fresh: bool = True) -> int:
         """As much of `octets` as may go now; if that is not all, asks to be called again."""
         rate = self.congestion.pacing_rate
         if rate is None:
@@ -292,7 +313,7 @@ class Sender(Repair):
         allowed = pacer.allowance(now, rate, mss, train)
         if allowed >= octets:
             return octets
-        allowed -= allowed % mss
+        allowed = self._whole(allowed) if fresh else allowed - allowed % mss
         self._pace_at = max(pacer.after(allowed, now, rate, train), now + 1e-5)
         return allowed
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from hashlib import blake2s
 from heapq import heappop, heappush, heapreplace
 from ipaddress import IPv6Address
-from itertools import count
+from itertools import chain, count
 
 from builder_orch.tunnel.ipv6 import header, icmp, segment, udp
 from builder_orch.tunnel.ipv6.allowance import Allowance
@@ -23,12 +23,14 @@ from builder_orch.tunnel.ipv6.events import (
     Unreachable,
     Writable,
 )
+from builder_orch.tunnel.ipv6.pacer import grain
 from builder_orch.tunnel.ipv6.receiver import CAPACITY
 from builder_orch.tunnel.ipv6.rtt import Remotes
 from builder_orch.tunnel.ipv6.segment import ACK, RST, SYN, Segment, Template
 from builder_orch.tunnel.ipv6.seq import MASK
 from builder_orch.tunnel.ipv6.state import End, Notice, State
 from builder_orch.tunnel.ipv6.timewait import TimeWaits
+from builder_orch.tunnel.ipv6.train import couple
 from builder_orch.tunnel.machine import Address, Entropy, Malformed, Rejected, Train
 
 FIRST_EPHEMERAL, LAST_EPHEMERAL = 32_768, 65_535
@@ -89,6 +91,7 @@ class Stack:
         self._dirty: dict[Connection, None] = {}
         self._held: dict[Connection, None] = {}
         self._summons: dict[bytes, None] = {}
+        self._sending: set[Connection] = set()
         self._heap: list[tuple[float, int, Connection]] = []
         self._serial = count()
         self._events: list[Event] = []
@@ -211,6 +214,8 @@ class Stack:
         self._collect_due(now)
         trains: list[Train] = [[packet] for packet in self._out]
         self._out.clear()
+        ways: dict[bytes, list[Train]] = {}
+        share = grain(len(self._sending))
         self._summons.clear()
         open_paths: dict[bytes, bool] = {}
         self._dirty |= self._held
@@ -219,9 +224,15 @@ class Stack:
             remote = connection.remote[0]
             if remote not in open_paths:
                 open_paths[remote] = self._path(remote)
-            trains += connection.transmit(now, open_paths[remote])
+            made = connection.transmit(now, open_paths[remote], share)
+            way = ways.get(remote)
+            if way is None:
+                ways[remote] = made
+            else:
+                for train in made:
+                    couple(way, train)
             self._settle(connection, now)
-        return trains
+        return [*trains, *chain.from_iterable(ways.values())]
 
     def deadline(self) -> float | None:
         """When to call `transmit` next, whatever else happens."""
@@ -292,6 +303,10 @@ class Stack:
             self._summons[connection.remote[0]] = None
         else:
             self._held.pop(connection, None)
+            if connection.sender.is_waiting and not connection.end:
+                self._sending.add(connection)
+            else:
+                self._sending.discard(connection)
             if connection.end:
                 self._forget(connection, now)
                 return

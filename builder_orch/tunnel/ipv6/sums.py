@@ -24,7 +24,7 @@ MAX_SIZE = 65_535
 
 
 def by_integers(chunk: bytes, at: int, size: int, count: int) -> list[int]:
-    """The sums of `count` runs of `size` octets from `at`, as words with the low octet first.
+    """The sums of `count` runs of `size` octets from `at`, as words of the network's order.
 
     Modulo 65 535, and not reduced.
     """
@@ -36,7 +36,7 @@ def by_integers(chunk: bytes, at: int, size: int, count: int) -> list[int]:
         x = (x >> FOLD_LARGE) + (x & MASK_LARGE)
         x = (x >> FOLD_MIDDLE) + (x & MASK_MIDDLE)
         x = (x >> FOLD_SMALL) + (x & MASK_SMALL)
-        append((x >> FOLD_TINY) + (x & MASK_TINY))
+        append((x >> FOLD_TINY) + (x & MASK_TINY) << 8)
     return sums
 
 
@@ -53,7 +53,8 @@ def by_products(chunk: bytes, at: int, size: int, count: int) -> list[int]:
     runs = memoryview(chunk)[at : at + size * count].cast("B", (count, size))
     products = simsimd.cdist(runs, ones, metric="dot", dtype="uint8")
     pairs = cast("list[tuple[float, float]]", memoryview(cast("bytes", products)).tolist())
-    return [int(low + 256.0 * high) for low, high in pairs]
+    # The octets at even places are the high ones, and 2^16 is 1.
+    return [int(256.0 * even + odd) for even, odd in pairs]
 
 
 MAX_SIZES = 16

@@ -30,7 +30,7 @@ from builder_orch.tunnel.wireguard.timers import (
 OVERHEAD = HEADER_LEN + TAG_LEN
 """Octets by which a sealed packet is longer than the padded one."""
 PADDING = 16
-RUN = 4
+RUN = 2
 """How many datagrams make it worth to take them apart all at once."""
 
 _PREFIX = Struct("<II")

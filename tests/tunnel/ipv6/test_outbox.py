@@ -55,3 +55,21 @@ def test_small_writes_are_gathered_and_the_last_packet_pushes() -> None:
     segments = [segment.parse(packet) for train in trains for packet in train]
     assert [len(one.payload) for one in segments] == [600, 400]
     assert [bool(one.flags & PSH) for one in segments] == [False, True]
+
+
+@given(st.lists(st.integers(4097, 30_000), min_size=1, max_size=5), st.data())
+def test_whole_trains_end_where_a_chunk_or_a_train_of_it_does(
+    writes: list[int], data: st.DataObject
+) -> None:
+    train = 4000
+    outbox = Outbox(START, TEMPLATE)
+    ends: set[int] = set()
+    for length in writes:
+        ends |= set(range(outbox.end, outbox.end + length, train))
+        outbox.put(bytes(length))
+    start = data.draw(st.integers(START, outbox.end - 1))
+    octets = data.draw(st.integers(0, outbox.end - start))
+    if octets > train:
+        whole = outbox.whole(start, octets, train)
+        assert octets - train < whole <= octets
+        assert start + whole in ends

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from builder_orch.tunnel.ipv6.bbr import Bbr, Phase
 from builder_orch.tunnel.ipv6.congestion import Delivered
-from builder_orch.tunnel.ipv6.pacer import PAUSE, Pacer
+from builder_orch.tunnel.ipv6.pacer import PAUSE, Pacer, grain
 from builder_orch.tunnel.ipv6.prr import Reduction
 from builder_orch.tunnel.machine import TRAIN_PACKETS
 from tests.sim import Weather
@@ -171,3 +171,19 @@ def test_a_timeout_leaves_one_segment_and_the_model() -> None:
     for _ in range(20):
         path.round()
     assert path.bbr.cwnd > 0.9 * 10e6 * 0.05
+
+
+@pytest.mark.parametrize("streams", [1, 8, 100])
+def test_of_many_streams_each_sends_more_at_a_time_and_less_often(streams: int) -> None:
+    rate = 80e6 / streams
+    pacer = Pacer()
+    pacer.grain = grain(streams)
+    now, sent, times = 1.0, 0, 0
+    while now < 2.0:
+        octets = pacer.allowance(now, rate, MSS, TRAIN)
+        pacer.sent(octets, now, rate, TRAIN)
+        sent, times = sent + octets, times + 1
+        now = pacer.next_at
+    assert sent == pytest.approx(rate, rel=0.1)
+    # A train each millisecond would be more than one holds; a hundred streams wait no longer.
+    assert sent / times == pytest.approx(min(TRAIN, rate * 1e-3 * min(streams, 8)), rel=0.1)

@@ -132,3 +132,24 @@ def test_a_run_goes_over_the_border_of_the_circle() -> None:
     packets = [data(MASK - 1, b"aaaa", ack=1), data(2, b"bbbb", ack=3)]
     run = read_run(packets, 0, MASK - 1, MASK, 100, 1000)
     assert run == Run(2, [b"aaaa", b"bbbb"], 8, 4, 9)
+
+
+@given(st.lists(st.integers(0, 40), max_size=3), st.integers(4, 59), st.integers(0, 255))
+def test_many_packets_at_once_are_read_as_they_are_one_by_one(
+    which: list[int], at: int, octet: int
+) -> None:
+    """Whatever octets of its headers are others; the first four are not for TCP to look at."""
+    packets = TEMPLATE.train(bytes(range(250)) * 4, 0, 20, 40, 100, 510, 9)
+    packets.append(data(900, b"the end", ack=510, flags=ACK | PSH))
+    for index in which:
+        packets[index] = packets[index][:at] + bytes([octet]) + packets[index][at + 1 :]
+    expected = Run(0, [], 0, 0, 0)
+    for packet in packets:
+        run = read_run([packet], 0, 100 + expected.octets, 500, 100, 1000 - expected.octets)
+        goes_on = run is not None and packet[4:44] == packets[0][4:44]
+        if run is None or not goes_on or run.acked < expected.acked:
+            break
+        octets = expected.octets + run.octets
+        payloads = expected.payloads + run.payloads
+        expected = Run(expected.after + 1, payloads, octets, run.acked, run.window)
+    assert read(packets) == (expected if expected.after else None)

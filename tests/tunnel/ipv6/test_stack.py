@@ -17,7 +17,7 @@ from builder_orch.tunnel.ipv6.stack import ANSWERS_PER_SECOND, BACKLOG, FIRST_EP
 from builder_orch.tunnel.ipv6.state import End, State
 from tests.sim import Weather
 from tests.tunnel.ipv6.script import Script, is_in
-from tests.tunnel.ipv6.world import LEFT, PORT, RIGHT, World, stack
+from tests.tunnel.ipv6.world import LEFT, PORT, RIGHT, ROUTER, World, stack
 
 CLEAR = Weather(delay_s=0.01)
 
@@ -71,7 +71,7 @@ def test_half_open_connections_are_bounded_and_come_back() -> None:
         template = Template((RIGHT.packed, port), (LEFT.packed, PORT))
         ours.receive([template.segment(0, 0, SYN, 1000)], 0.0)
     assert ours.drops["rejected: too many connections"] == 99
-    assert len(ours.transmit(0.0)) == BACKLOG
+    assert sum(map(len, ours.transmit(0.0))) == BACKLOG
     now = 0.0
     while (at := ours.deadline()) is not None:
         now = at
@@ -376,3 +376,14 @@ def test_a_lost_syn_to_another_host_waits_for_a_second() -> None:
     script.out()
     script.jump()
     assert script.now - began == pytest.approx(1.0)
+
+
+def test_streams_to_one_remote_share_their_trains() -> None:
+    """Many short ones make one long: what a train costs, it costs once."""
+    ours = stack(LEFT)
+    for _ in range(30):
+        ours.connect((RIGHT.packed, PORT), 0.0)
+    ours.connect((ROUTER.packed, PORT), 0.0)
+    trains = ours.transmit(0.0)
+    assert sorted(map(len, trains)) == [1, 30]
+    assert all(len({packet[24:40] for packet in train}) == 1 for train in trains)
