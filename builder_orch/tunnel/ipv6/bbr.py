@@ -9,6 +9,7 @@ from enum import Enum, auto
 from math import inf
 
 from builder_orch.tunnel.ipv6.congestion import INITIAL_SEGMENTS, Delivered
+from builder_orch.tunnel.ipv6.pacer import quantum
 from builder_orch.tunnel.machine import TRAIN_PACKETS
 
 STARTUP_PACING = 2.77
@@ -443,10 +444,9 @@ class Bbr:
         rate = pacing * bandwidth * MARGIN
         if self._full or rate > self._rate:
             self._rate = rate
-        quantum = self._rate * delivered.grain
         allowed = max(
             gain * bandwidth * self.min_rtt + self._extra[0][1],
-            TRAINS * min(max(quantum, 2 * mss), TRAIN_PACKETS * mss),
+            TRAINS * quantum(self._rate, delivered.grain, mss, TRAIN_PACKETS * mss),
             MINIMUM * mss,
         )
         if self.phase is Phase.UP:

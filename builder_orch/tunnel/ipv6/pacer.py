@@ -5,6 +5,7 @@ GRAIN = 1e-3
 SHARES = 8
 """Of so many streams at once each sends as much more at a time, and as much less often: together
 they burst no more than one that had all of it, and their trains are as long."""
+SHARED_TRAINS = 2
 PAUSE = 2e-3
 """How much of a time in which the rate was not what held us is made up for; more is a burst."""
 LATE = 5e-2
@@ -15,6 +16,14 @@ LATE_TRAINS = 4
 def grain(streams: int) -> float:
     """The time whose worth a train holds when so many streams have something to send."""
     return GRAIN * min(max(streams, 1), SHARES)
+
+
+def quantum(rate: float, grain: float, mss: int, train: int) -> float:
+    """How many octets go at a time: a train at most, two of one among many streams, so that one
+    acknowledgement tells of both."""
+    most = train if grain == GRAIN else SHARED_TRAINS * train
+    octets = rate * grain
+    return most if octets > most else max(octets, 2 * mss)
 
 
 class Pacer:
@@ -42,9 +51,8 @@ class Pacer:
         late = now - self.next_at
         if late < 0:
             return 0
-        quantum = rate * self.grain
-        quantum = train if quantum > train else max(quantum, 2 * mss)
-        return int(quantum + min(min(self._credit, late) * rate, LATE_TRAINS * train))
+        made_up = min(min(self._credit, late) * rate, LATE_TRAINS * train)
+        return int(quantum(rate, self.grain, mss, train) + made_up)
 
     def after(self, octets: int, now: float, rate: float, train: int) -> float:
         """What `next_at` will be when so much has gone out now."""
