@@ -188,6 +188,7 @@ class Connection(ControlBlock):
                 timers += (self._handshake.at,)
             else:
                 timers += (sender.deadline(), self.receiver.ack_at, self._keepalive_at())
+                timers += (self._confirmation_at(),)
         for at in timers:
             if at is not None and at < earliest:
                 earliest = at
@@ -262,6 +263,10 @@ class Connection(ControlBlock):
     def _expire(self, now: float) -> None:
         if self.end:
             return
+        confirmation_at = self._confirmation_at()
+        if confirmation_at is not None and confirmation_at <= now:
+            self._confirm_at = None
+            self.receiver.ack_now = True
         if self._released and self.state is State.FIN_WAIT_2 and self._linger_at is None:
             self._linger_at = now + FIN_WAIT_2_TIMEOUT
         since = self.sender.waiting_since
@@ -277,6 +282,10 @@ class Connection(ControlBlock):
                 return
             self._stray = [self._reset()]
             self._finish(End.TIMED_OUT)
+
+    def _confirmation_at(self) -> float | None:
+        """When to repeat the last word of the handshake; data has it in itself."""
+        return self._confirm_at if self.sender.una == self.sender.nxt else None
 
     def _keepalive_at(self) -> float | None:
         """When to ask, or to give up; while data is outstanding the sender asks by itself."""

@@ -5,8 +5,6 @@ MIN_RTO = 0.2
 """RFC 6298 asks for 1 s; every deployed stack takes 200 ms, above the longest delayed ACK."""
 MAX_RTO = 60.0
 AFTER_LOST_SYN = 3.0
-LEAST_EXPECTED = 0.4
-"""How soon a SYN is repeated at the earliest: the other side may answer more slowly this time."""
 GRANULARITY = 0.001
 ALPHA = 1 / 8
 BETA = 1 / 4
@@ -20,7 +18,16 @@ MIN_RTT_AGE = 60.0
 class RoundTrip:
     """The estimator of one connection. All times in seconds; `min_rtt` is None before a sample."""
 
-    __slots__ = ("_base", "_min_at", "backoff", "latest", "min_rtt", "srtt", "variation")
+    __slots__ = (
+        "_base",
+        "_is_expected",
+        "_min_at",
+        "backoff",
+        "latest",
+        "min_rtt",
+        "srtt",
+        "variation",
+    )
 
     def __init__(self) -> None:
         self.srtt: float | None = None
@@ -29,6 +36,7 @@ class RoundTrip:
         self.min_rtt: float | None = None
         self.backoff = 0
         self._base = INITIAL_RTO
+        self._is_expected = False
         self._min_at = 0.0
 
     @property
@@ -46,7 +54,8 @@ class RoundTrip:
 
         The initial second is for hosts that have not measured yet (§2.1); RFC 9040 §6.2 shares.
         """
-        self._base = min(INITIAL_RTO, max(rto, LEAST_EXPECTED))
+        self._base = min(INITIAL_RTO, max(rto, MIN_RTO))
+        self._is_expected = True
 
     def sample(self, rtt: float, now: float) -> None:
         """Take a measurement; never one of a segment that was sent twice (Karn, §3)."""
@@ -63,8 +72,11 @@ class RoundTrip:
         self._base = max(MIN_RTO, self.srtt + max(GRANULARITY, K * self.variation))
 
     def syn_was_lost(self) -> None:
-        """Be patient with the first data after a SYN that had to be repeated (§5.7)."""
-        if self.srtt is None:
+        """Be patient with the first data after a SYN that had to be repeated (§5.7).
+
+        Not where other connections know the path: then it was most likely lost.
+        """
+        if self.srtt is None and not self._is_expected:
             self._base = AFTER_LOST_SYN
 
 

@@ -13,6 +13,7 @@ from builder_orch.tunnel.ipv6.congestion import Congestion
 from builder_orch.tunnel.ipv6.handshake import Handshake
 from builder_orch.tunnel.ipv6.keepalive import Keepalive
 from builder_orch.tunnel.ipv6.receiver import CAPACITY, Receiver, scale_for
+from builder_orch.tunnel.ipv6.rtt import MIN_RTO
 from builder_orch.tunnel.ipv6.segment import (
     ACK,
     DEFAULT_MSS,
@@ -35,6 +36,9 @@ MINIMUM_MSS = 64
 """A peer that asks for less would make us send headers only."""
 CHALLENGES_PER_SECOND = 10
 MAX_STRAY = 8
+CONFIRM_ROUNDS = 3
+"""Round trips of silence after which the last ACK of a handshake is sent once more. Nothing else
+would repeat it but the peer's SYN, after a second, and a peer that speaks first waits for it."""
 
 _FAST = frozenset({State.ESTABLISHED, State.FIN_WAIT_2, State.CLOSE_WAIT})
 READING = frozenset({State.ESTABLISHED, State.FIN_WAIT_1, State.FIN_WAIT_2})
@@ -84,6 +88,7 @@ class ControlBlock(ABC):
         self._linger_at: float | None = None
         self._keepalive = Keepalive()
         self._challenges = Allowance(CHALLENGES_PER_SECOND)
+        self._confirm_at: float | None = None
         self._stray: list[bytes] = []
         self._wants_room = False
         self._released = False
@@ -114,6 +119,7 @@ class ControlBlock(ABC):
         if run is None:
             return index
         self._keepalive.heard(now)
+        self._confirm_at = None
         if self._stamps is not None and receiver.last_ack == receiver.nxt:
             self._stamps.came(int.from_bytes(packets[index][64:68], "big"), now)
         if run.octets:
@@ -135,6 +141,7 @@ class ControlBlock(ABC):
     def receive(self, segment: Segment, now: float) -> None:
         """Take any segment (RFC 9293 §3.10.7)."""
         self._keepalive.heard(now)
+        self._confirm_at = None
         if self.state is State.SYN_SENT:
             self._receive_in_syn_sent(segment, now)
         elif self.end is None:
@@ -184,6 +191,7 @@ class ControlBlock(ABC):
             self.receiver.edge = self.receiver.nxt + min(self._capacity, 0xFFFF)
             self.receiver.ack_now = True
             self._establish(handshake, segment.window, now)
+            self._confirm_at = now + max(CONFIRM_ROUNDS * (self.sender.rtt.srtt or 0), MIN_RTO / 2)
             self._take_payload(segment, self.receiver.nxt, now)
         else:
             self.state = State.SYN_RECEIVED  # both opened at once (§3.5 figure 7)

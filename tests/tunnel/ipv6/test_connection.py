@@ -333,7 +333,7 @@ def test_a_hundred_guesses_of_every_kind_a_millisecond_change_nothing() -> None:
 def test_a_quiet_peer_is_asked_and_given_up() -> None:
     script, connection = opened()
     connection.keep_alive(10)
-    (probe,) = script.wait(10.5)
+    _, probe = script.wait(10.5)
     assert (probe.seq, probe.length) == (0, 0)
     script.send(ACK, 1, 1)
     assert len(script.wait(39)) == 3

@@ -4,8 +4,8 @@ import pytest
 
 from builder_orch.tunnel.ipv6.rtt import (
     INITIAL_RTO,
-    LEAST_EXPECTED,
     MAX_REMOTES,
+    MIN_RTO,
     Remotes,
     RoundTrip,
 )
@@ -74,7 +74,7 @@ def test_a_second_connection_begins_with_what_the_first_one_measured() -> None:
     assert elsewhere.rto == INITIAL_RTO
 
 
-@pytest.mark.parametrize(("measured", "expected"), [(0.001, LEAST_EXPECTED), (5.0, INITIAL_RTO)])
+@pytest.mark.parametrize(("measured", "expected"), [(0.001, MIN_RTO), (5.0, INITIAL_RTO)])
 def test_a_handshake_is_neither_hasty_nor_slower_than_without(
     measured: float, expected: float
 ) -> None:
@@ -82,6 +82,14 @@ def test_a_handshake_is_neither_hasty_nor_slower_than_without(
     fresh.expect(measured)
     assert fresh.rto == expected
     assert fresh.measured is None
+
+
+def test_a_lost_syn_asks_for_patience_only_on_an_unknown_path() -> None:
+    stranger, known = RoundTrip(), RoundTrip()
+    known.expect(0.25)
+    for fresh in (stranger, known):
+        fresh.syn_was_lost()
+    assert (stranger.rto, known.rto) == (3.0, 0.25)
 
 
 def test_only_so_many_remotes_are_remembered() -> None:

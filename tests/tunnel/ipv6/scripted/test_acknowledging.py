@@ -262,6 +262,7 @@ def test_keepalive_is_off_unless_wanted() -> None:
     """(MUST-25)."""
     play("""
         open
+        ..0.2 > A 1 ack 1
         +20000 silence
         idle
     """)
@@ -271,8 +272,9 @@ def quiet() -> Trace:
     """A connection that asks each 10 s."""
     return play("""
         open
+        ..0.2 > A 1 ack 1
         keepalive 10
-        +9.9 silence
+        +9.7 silence
         ..0.2 > A 0 ack 1
     """)
 
@@ -314,6 +316,7 @@ def test_a_peer_that_never_answers_is_given_up() -> None:
 def test_anything_from_the_peer_puts_the_question_off() -> None:
     play("""
         open
+        ..0.2 > A 1 ack 1
         keepalive 10
         +9 < A 1:101 ack 1
         ..0.5 > A 1 ack 101

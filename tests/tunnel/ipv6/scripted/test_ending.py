@@ -284,7 +284,7 @@ def test_a_reset_may_carry_words() -> None:
 
 def test_challenges_are_few_a_second_and_come_again_later() -> None:
     """RFC 5961 §7."""
-    trace = play("open")
+    trace = play("open\n..0.2 > A 1 ack 1")
     before = len(trace.sent)
     trace.play("+0.5 silence\n" + 200 * "< R 9\ndrain\n")
     assert 1 <= len(trace.sent) - before <= 10

@@ -123,10 +123,40 @@ def test_what_was_written_early_dies_with_a_refusal() -> None:
 def test_a_lost_answer_to_the_answer_is_repeated() -> None:
     play("""
         open
+        ..0.2 > A 1 ack 1
         +1 < SA 0 ack 1 mss 1360
         > A 1 ack 1
         state ESTABLISHED
         events
+    """)
+
+
+def test_to_a_peer_that_stays_silent_the_answer_goes_out_twice() -> None:
+    """It may wait for nothing else, and would repeat its SYN only after a second."""
+    play("""
+        open
+        +0.05 silence
+        ..0.1 > A 1 ack 1
+        +1000 silence
+        idle
+    """)
+
+
+@pytest.mark.parametrize("heard", ["< A 1:101 ack 1\n..0.1 > A 1 ack 101", "< A 1 ack 1 win 9999"])
+def test_who_was_heard_or_told_something_needs_no_second_answer(heard: str) -> None:
+    play(f"""
+        open
+        +0.05 {heard}
+        +1000 silence
+        idle
+    """)
+    play("""
+        open
+        write 100
+        > A 1:101 ack 1
+        +0.02 < A 1 ack 101
+        +1000 silence
+        idle
     """)
 
 

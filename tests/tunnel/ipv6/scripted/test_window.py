@@ -85,6 +85,7 @@ def test_a_window_closed_from_the_start_is_asked_about() -> None:
         open win 0
         write 100
         +0.05 silence
+        ..0.1 > A 1 ack 1
         ..1.5 > A 0 ack 1
         < A 1 ack 1 win 500
         > A 1:101 ack 1
@@ -94,6 +95,7 @@ def test_a_window_closed_from_the_start_is_asked_about() -> None:
 def test_without_anything_to_say_nobody_asks_about_a_closed_window() -> None:
     play("""
         open win 0
+        ..0.2 > A 1 ack 1
         +1000 silence
         idle
     """)
