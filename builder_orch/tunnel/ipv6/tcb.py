@@ -40,8 +40,9 @@ CONFIRM_ROUNDS = 3
 """Round trips of silence after which the last ACK of a handshake is sent once more. Nothing else
 would repeat it but the peer's SYN, after a second, and a peer that speaks first waits for it."""
 
-_FAST = frozenset({State.ESTABLISHED, State.FIN_WAIT_2, State.CLOSE_WAIT})
 READING = frozenset({State.ESTABLISHED, State.FIN_WAIT_1, State.FIN_WAIT_2})
+_FAST = READING | {State.CLOSE_WAIT, State.LAST_ACK}
+"""What has been written by `close` is still sent in all of these."""
 
 
 class ControlBlock(ABC):
@@ -112,7 +113,7 @@ class ControlBlock(ABC):
         if self.state not in _FAST or not self._is_stamped(packets[index], now):
             return index
         overhead = self.template.overhead
-        reads = self.state is not State.CLOSE_WAIT and receiver.in_order and not self._released
+        reads = self.state in READING and receiver.in_order and not self._released
         room = receiver.edge - receiver.nxt if reads else 0
         outstanding = sender.nxt - sender.una
         run = read_run(packets, index, receiver.nxt, sender.una, outstanding, room, overhead)
