@@ -22,7 +22,10 @@ UDP_SEGMENT = 103
 UDP_GRO = 104
 SOCKET_BUFFER = 4 << 20
 RECEIVE_BUFFER = 1 << 16
-RECEIVES_PER_WAKEUP = 16
+RECEIVES_PER_WAKEUP = 256
+OCTETS_PER_WAKEUP = 1 << 20
+"""Whatever waits is taken before anything is sent: the acknowledgements of many streams come one by
+one, and were each answered by itself, they would wait for half a second in the socket."""
 QUEUE_LIMIT = 256
 """Trains that wait for a full socket buffer; more would only be delay."""
 LOOK_S = 1.0
@@ -263,6 +266,7 @@ class UdpCarrier:
         receive = sock.recvmsg_into
         assert deliver is not None
         assert self._settled is not None
+        left = OCTETS_PER_WAKEUP
         for _ in range(RECEIVES_PER_WAKEUP):
             try:
                 size, ancillary, flags, address = receive(buffers, _ANCILLARY)
@@ -280,10 +284,11 @@ class UdpCarrier:
                     segment = _GRO.unpack_from(data)[0] or size
             if size:
                 deliver(self._view[:size], segment, address[:2])
-            if self._socket is not sock:
-                break
             if self._loop is None:
                 return
+            left -= size
+            if left <= 0 or self._socket is not sock:
+                break
         self._settled()
 
 

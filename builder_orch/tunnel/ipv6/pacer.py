@@ -2,7 +2,7 @@
 
 GRAIN = 1e-3
 """Timers above us are about this exact, so a train holds what the rate moves in this time."""
-SHARES = 8
+SHARES = 16
 """Of so many streams at once each sends as much more at a time, and as much less often: together
 they burst no more than one that had all of it, and their trains are as long."""
 SHARED_TRAINS = 2

@@ -214,6 +214,7 @@ class Received:
     def __init__(self) -> None:
         self.datagrams: list[bytes] = []
         self.sources: set[Endpoint] = set()
+        self.bursts = 0
         self.changed = asyncio.Event()
 
     def deliver(self, octets: memoryview, segment: int, source: Endpoint) -> None:
@@ -223,6 +224,7 @@ class Received:
         self.sources.add(source)
 
     def settled(self) -> None:
+        self.bursts += 1
         self.changed.set()
 
     async def until(self, true: Callable[[], bool]) -> None:

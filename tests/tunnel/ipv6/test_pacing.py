@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from builder_orch.tunnel.ipv6.bbr import Bbr, Phase
 from builder_orch.tunnel.ipv6.congestion import Delivered
-from builder_orch.tunnel.ipv6.pacer import PAUSE, Pacer, grain
+from builder_orch.tunnel.ipv6.pacer import PAUSE, SHARES, Pacer, grain
 from builder_orch.tunnel.ipv6.prr import Reduction
 from builder_orch.tunnel.machine import TRAIN_PACKETS
 from tests.sim import Weather
@@ -185,6 +185,6 @@ def test_of_many_streams_each_sends_more_at_a_time_and_less_often(streams: int) 
         sent, times = sent + octets, times + 1
         now = pacer.next_at
     assert sent == pytest.approx(rate, rel=0.1)
-    # One alone could fill more than a train each millisecond; a hundred wait no longer than eight.
+    # One alone could fill more than a train each millisecond; there is a longest wait.
     most = TRAIN if streams == 1 else 2 * TRAIN
-    assert sent / times == pytest.approx(min(most, rate * 1e-3 * min(streams, 8)), rel=0.1)
+    assert sent / times == pytest.approx(min(most, rate * 1e-3 * min(streams, SHARES)), rel=0.1)
