@@ -22,10 +22,11 @@ UDP_SEGMENT = 103
 UDP_GRO = 104
 SOCKET_BUFFER = 4 << 20
 RECEIVE_BUFFER = 1 << 16
-RECEIVES_PER_WAKEUP = 256
+RECEIVES_PER_WAKEUP = 64
 OCTETS_PER_WAKEUP = 1 << 20
-"""Whatever waits is taken before anything is sent: the acknowledgements of many streams come one by
-one, and were each answered by itself, they would wait for half a second in the socket."""
+"""So much of what waits is taken before anything is sent. The acknowledgements of many streams come
+one by one: fewer at a time, and they wait for half a second in the socket; many more, and all that
+they allow goes out in one burst, which the peer has no room for."""
 QUEUE_LIMIT = 256
 """Trains that wait for a full socket buffer; more would only be delay."""
 LOOK_S = 1.0

@@ -194,6 +194,15 @@ class Connection(ControlBlock):
                 earliest = at
         return None if earliest == inf else earliest
 
+    def only_waits_for_rate(self, now: float) -> bool:
+        """Whether `transmit` would do nothing, and the deadline is what it was.
+
+        With many streams half of all acknowledgements come at such a time.
+        """
+        if self._handshake is not None or self.end or self.held or self._stray:
+            return False
+        return not self.receiver.ack_due(now) and self.sender.only_waits_for_rate(now)
+
     def transmit(self, now: float, path: bool, grain: float = GRAIN) -> list[Train]:
         """Whatever may go now; nothing while `path` is closed, which holds the connection.
 

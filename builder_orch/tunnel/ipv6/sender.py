@@ -164,6 +164,13 @@ class Sender(Repair):
                 at = other
         return at
 
+    def only_waits_for_rate(self, now: float) -> bool:
+        """Whether `transmit` would do nothing because the rate does not allow it yet."""
+        at = self._pace_at
+        if at is None or at <= now or self._recovery_point is not None or at != self.deadline():
+            return False
+        return self.congestion.cwnd - self.board.in_flight >= self.mss
+
     def transmit(self, now: float, ack: int, window: int, grain: float = GRAIN) -> list[Train]:
         """Run the timers that are due and send what may go, with these acknowledgement fields.
 

@@ -221,6 +221,8 @@ class Stack:
         self._dirty |= self._held
         while self._dirty:
             connection, _ = self._dirty.popitem()
+            if connection.only_waits_for_rate(now):
+                continue
             remote = connection.remote[0]
             if remote not in open_paths:
                 open_paths[remote] = self._path(remote)
