@@ -221,7 +221,7 @@ class Stack:
         self._dirty |= self._held
         while self._dirty:
             connection, _ = self._dirty.popitem()
-            if connection.only_waits_for_rate(now):
+            if connection.queued_at is not None and connection.only_waits_for_rate(now):
                 continue
             remote = connection.remote[0]
             if remote not in open_paths:

@@ -193,6 +193,7 @@ class World(Pair):
             if connection.end is None:
                 self._check_sender(connection)
                 self._check_receiver(connection)
+                self._check_deadline(connection)
 
     def _check_sender(self, connection: Connection) -> None:
         sender = connection.sender
@@ -213,6 +214,15 @@ class World(Pair):
             assert sender.rto_at is not None, "data outstanding without a timer"
         elif sender.nxt < sender.outbox.last:
             assert sender.deadline() is not None, "data waits for nothing"
+
+    def _check_deadline(self, connection: Connection) -> None:
+        wanted = connection.deadline()
+        if wanted is None or wanted <= self.now:
+            return
+        node = self.client if connection.local[0] == LEFT.packed else self.server
+        at = node.deadline()
+        assert at is not None, "nobody will call"
+        assert at <= wanted, "called too late"
 
     def _check_receiver(self, connection: Connection) -> None:
         receiver = connection.receiver
