@@ -118,8 +118,9 @@ class Receiver:
             self.ack_now = True
             payload = payload[self.nxt - seq :]
             seq = self.nxt
-        if self.fin_at is not None:
+        if self.fin_at is not None and end > self.fin_at:
             payload = payload[: max(0, self.fin_at - seq)]
+            self.ack_now = True  # a keep-alive may ask with the number that its FIN has (§3.8.4)
         before = self.received
         if payload and seq > self.nxt:
             if not self._assembler.insert(seq, payload):

@@ -73,6 +73,19 @@ def test_nothing_counts_behind_a_fin() -> None:
     assert half.read(100) == b"end"
 
 
+def test_who_asks_from_behind_a_fin_that_waits_is_told_of_the_hole() -> None:
+    """A keep-alive of smoltcp is one octet at SND.NXT - 1, which is where its FIN stands."""
+    half = receiver()
+    half.accept(100, b"end", True, 0.0)
+    half.announced(half.window())
+    assert not half.accept(103, b"\0", False, 0.0)
+    assert half.ack_due(0.0)
+    assert (half.nxt, half.blocks()) == (0, ((100, 103),))
+    half.accept(0, bytes(100), False, 0.0)
+    assert half.finished
+    assert half.read(200) == bytes(100) + b"end"
+
+
 def test_a_full_window_takes_nothing_and_says_so() -> None:
     half = receiver(1000)
     half.accept(0, bytes(1000), False, 0.0)
