@@ -438,9 +438,7 @@ class Tunnel:
             opening.set_exception(failed(connection.end))
         splice = self._splices.get(connection)
         if splice is not None:
-            splice.ended()
-            if splice.closed:
-                del self._splices[connection]
+            splice.ended(partial(self._splices.pop, connection, None))
 
     async def _connect(self, host: str, port: int, timeout_s: float) -> Connection:
         async with asyncio.timeout(timeout_s):

@@ -84,6 +84,7 @@ class Splice:
         self._writing = False
         self._inbound_done = False
         self._outbound_done = False
+        self._over: Callable[[], object] = lambda: None
         self.closed = False
         sock.setblocking(False)
         bytes(FREED_MEMORY)
@@ -111,10 +112,15 @@ class Splice:
         if not self._untaken:
             self._listen(reading=True)
 
-    def ended(self) -> None:
-        """The connection is gone; anything but an orderly end becomes a reset here."""
+    def ended(self, over: Callable[[], object]) -> None:
+        """The connection is gone; anything but an orderly end becomes a reset here.
+
+        `over` is called when the socket is closed, too: the application may have much to read yet.
+        """
         if self.closed:
+            over()
             return
+        self._over = over
         if self._connection.end is End.FINISHED:
             self._outbound_done = True
             self._listen(reading=False)
@@ -209,6 +215,7 @@ class Splice:
     def _forget(self) -> None:
         self._listen(reading=False, writing=False)
         self.closed = True
+        self._over()
 
 
 _ENDS: dict[End, tuple[type[OSError], str]] = {

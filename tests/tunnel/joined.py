@@ -69,3 +69,10 @@ async def pair(*, known: bool = True) -> AsyncGenerator[Pair]:
         yield ends
     # What the servers still have open ends with the tunnels: their sockets are reset.
     await asyncio.gather(*ends.conversations, return_exceptions=True)
+
+
+async def until(condition: Callable[[], object]) -> None:
+    """Look again and again, within limits."""
+    async with asyncio.timeout(30):
+        while not condition():  # noqa: ASYNC110 (nobody tells of it)
+            await asyncio.sleep(0.001)

@@ -17,7 +17,7 @@ from builder_orch.tunnel.driver import open_tunnel
 from builder_orch.tunnel.failures import NameUnknown
 from builder_orch.tunnel.forward import forward_port
 from builder_orch.tunnel.machine import Address
-from tests.tunnel.joined import CLIENT, GATEWAY, pair, public
+from tests.tunnel.joined import CLIENT, GATEWAY, pair, public, until
 
 ABORT = struct.pack("ii", 1, 0)
 
@@ -44,6 +44,30 @@ async def test_a_stream_carries_octets_both_ways_and_keeps_half_closes() -> None
         async with asyncio.timeout(60):
             assert await reader.read() == hashlib.sha256(octets).digest()
         writer.close()
+
+
+async def test_a_stream_that_is_read_late_is_over_after_that() -> None:
+    """The connection has long ended by then; it is forgotten together with the socket."""
+    octets = os.urandom(900_000)
+
+    async def tell(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+        writer.write(octets)
+        writer.close()
+
+    async with pair() as ends:
+        await ends.serve(7, tell)
+        ours, theirs = socket.socketpair()
+        await ends.client.attach(theirs, str(GATEWAY), 7, timeout_s=10)
+        await until(lambda: ends.gateway.streams == 1)
+        ours.shutdown(socket.SHUT_WR)
+        # It has our word for everything, but less fits between the two sockets here.
+        await until(lambda: ends.gateway.streams == 0)
+        assert ends.client.streams == 1
+        reader, writer = await asyncio.open_connection(sock=ours)
+        assert await reader.read() == octets
+        writer.close()
+        await until(lambda: ends.client.streams == 0)
 
 
 async def test_many_streams_at_once_do_not_mix() -> None:
