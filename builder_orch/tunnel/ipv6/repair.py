@@ -241,7 +241,10 @@ class Repair:
     # -- the tail
 
     def _arm_probe(self, now: float) -> None:
-        """RFC 8985 §7.2: a probe when nothing else would find a lost tail before the RTO.
+        """RFC 8985 §7.2: a probe where nothing else would find a lost tail before the RTO.
+
+        Where it would come later it goes in the RTO's place, without its back-off: of a lone
+        segment three copies can get lost and the fourth still goes within a second.
 
         §7.2 arms none in recovery, where what was resent last can be lost as well. There the first
         segment is the probe, and only progress earns another; a peer with holes answers at once.
@@ -260,8 +263,7 @@ class Repair:
         wait = max(2 * srtt, MIN_PROBE_WAIT)
         if board.in_flight <= self.mss and not board.sacked:
             wait += PEER_ACK_DELAY
-        if now + wait < self.rto_at:
-            self._probe_at = now + wait
+        self._probe_at = min(now + wait, self.rto_at)
 
     def _judge_probe(self, ack: int, blocks: Blocks, now: float) -> None:
         """§7.4: a probe that was acknowledged without a DSACK has repaired a loss."""

@@ -184,10 +184,10 @@ class Sender(Repair):
             return trains
         if self._reorder_at is not None and self._reorder_at <= now:
             self._detect_losses(now)
-        if self.rto_at is not None and self.rto_at <= now:
-            self._time_out(now)
         if self._probe_at is not None and self._probe_at <= now:
             self._send_tail_probe(trains, now, ack, window)
+        if self.rto_at is not None and self.rto_at <= now:
+            self._time_out(now)
         if self.board.lost:
             self._resend(trains, now, ack, window)
         if self.nxt < self.outbox.last and not self.board.lost:

@@ -447,6 +447,14 @@ def test_a_lone_segment_is_left_the_time_of_a_delayed_acknowledgement() -> None:
     """)
 
 
+def test_a_probe_in_the_place_of_a_timeout_backs_nothing_off() -> None:
+    """§7.2: none comes after the RTO; where it would, it goes instead of the first repetition."""
+    trace = play("open\nwrite 100\n+1 drain")
+    times = [sent.at for sent in trace.sent if sent.end > sent.seq]
+    assert [round(at - times[0], 1) for at in times] == [0, 0.2, 0.4, 0.8]
+    trace.play("< A 1 ack 101\nidle")
+
+
 def test_without_sack_nothing_is_probed() -> None:
     trace = flight(4, "nosack")
     trace.play(f"""
