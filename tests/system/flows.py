@@ -12,6 +12,7 @@ import os
 import socket
 import sys
 import time
+from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -24,6 +25,8 @@ GREETING = b"!"
 VERDICT_LEN = 16
 RCV_MSS_AT = 20
 """Where TCP_INFO has the size of the segments that come in."""
+
+Called = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
 
 @dataclass(frozen=True)
@@ -123,9 +126,9 @@ async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> 
         writer.transport.abort()
 
 
-async def serve(address: str) -> None:
+async def serve(address: str, called: Called) -> None:
     """Listen until killed. Every kernel has Reno, and it is fair; the default may be anything."""
-    server = await asyncio.start_server(answer, address, 0, backlog=1024)
+    server = await asyncio.start_server(called, address, 0, backlog=1024)
     listening = server.sockets[0]
     listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"reno")
     sys.stdout.write(f"{listening.getsockname()[1]}\n")
@@ -219,7 +222,7 @@ def read_report(text: str) -> Report:
 def main() -> None:
     """The two roles."""
     if sys.argv[1] == "serve":
-        asyncio.run(serve(sys.argv[2]))
+        asyncio.run(serve(sys.argv[2], answer))
     else:
         report = asyncio.run(carry_out(read_order(sys.stdin.readline())))
         sys.stdout.write(f"{json.dumps(asdict(report))}\n")
