@@ -2,9 +2,10 @@
 
 `python -m tests.system.bursts serve ADDRESS` listens behind wireguard-go and prints its port.
 `python -m tests.system.bursts call` reads an order, a line of JSON, from standard input, carries it
-out and prints what both ends saw. A caller names its stream; from then on both ends send a burst,
-hear the other's to its end and send the next one, some after a moment of silence, until the caller
-ends its direction; then the one called says what it saw.
+out and prints what both ends saw. A caller names its stream and says who sends when: both together,
+each waiting for the other's burst before the next of its own, or by turns, so that nothing follows
+the last octet of a burst. It goes on until the caller ends its direction; then the one called says
+what it saw.
 """
 
 import asyncio
@@ -13,6 +14,7 @@ import socket
 import sys
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from enum import StrEnum, auto
 from random import Random
 
 from builder_orch.tunnel.config import TunnelConfig
@@ -46,7 +48,7 @@ class Order:
 class Heard:
     """One end of a stream: bursts and octets that came, and the longest time in which none did.
 
-    In that time something was outstanding but for a pause of `PAUSES_S`.
+    In that time something was outstanding but for one or two pauses of `PAUSES_S`.
     """
 
     bursts: int
@@ -70,20 +72,31 @@ class Seen:
     rtt_us: int
 
 
+class Turn(StrEnum):
+    """When an end sends."""
+
+    FIRST = auto()
+    SECOND = auto()
+    TOGETHER = auto()
+
+
+TURNS = ((Turn.FIRST, Turn.SECOND), (Turn.TOGETHER, Turn.TOGETHER))
+"""Of ours and theirs, for one stream after the other."""
+
+
 class Bursts:
     """What goes in one direction; both ends know it by its name."""
 
     def __init__(self, name: str) -> None:
         self._stream = Stream(name, ENDLESS)
         self._dice = Random(name)
-        self.count = self.octets = 0
+        self._octets = 0
 
     def following(self) -> tuple[bytes, float | None, bool]:
         """The next burst, what comes before it, and whether its octets are spread a little."""
-        start, dice = self.octets, self._dice
-        self.octets += dice.randint(1, LARGEST)
-        self.count += 1
-        burst = self._stream.octets(start, self.octets - start)
+        start, dice = self._octets, self._dice
+        self._octets += dice.randint(1, LARGEST)
+        burst = self._stream.octets(start, self._octets - start)
         return burst, dice.choice(PAUSES_S), dice.random() < 0.5
 
 
@@ -99,57 +112,70 @@ async def send(writer: asyncio.StreamWriter, burst: bytes, *, spread: bool) -> N
             await asyncio.sleep(0)
 
 
-async def hear(reader: asyncio.StreamReader, burst: bytes, progress: Progress) -> bool:
-    """Receive exactly this; False for an end of file in its place."""
-    got = 0
-    while got < len(burst):
-        octets = await reader.read(len(burst) - got)
-        if not octets:
-            assert not got, f"an end after {got} of {len(burst)} octets of a burst"
-            return False
-        assert octets == burst[got : got + len(octets)], "other octets than were sent"
-        got += len(octets)
-        progress.moved()
-    return True
+class Ear(Progress):
+    """Receives the bursts of a name and notes how long nothing arrived."""
+
+    def __init__(self, reader: asyncio.StreamReader, name: str) -> None:
+        super().__init__()
+        self.greeted()
+        self.bursts = self.octets = 0
+        self._reader = reader
+        self._expected = Bursts(name)
+
+    async def hear(self) -> bool:
+        """Receive exactly the next burst; False for an end of file in its place."""
+        burst, _, _ = self._expected.following()
+        got = 0
+        while got < len(burst):
+            octets = await self._reader.read(len(burst) - got)
+            if not octets:
+                assert not got, f"an end after {got} of {len(burst)} octets of a burst"
+                return False
+            assert octets == burst[got : got + len(octets)], f"after {self.octets + got} octets"
+            got += len(octets)
+            self.moved()
+        self.bursts += 1
+        self.octets += got
+        return True
 
 
 async def converse(
     reader: asyncio.StreamReader,
     writer: asyncio.StreamWriter,
     names: tuple[str, str],
+    turn: Turn,
     over: asyncio.Event,
 ) -> Heard:
-    """Send and hear by turns until it is `over` or the other one has ended."""
+    """Send and hear until it is `over` or the other one has ended."""
     sock = writer.get_extra_info("socket")
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    sending, hearing = map(Bursts, names)
-    progress = Progress()
-    progress.greeted()
+    sending, ear = Bursts(names[0]), Ear(reader, names[1])
     while True:
+        if turn is Turn.SECOND and not await ear.hear():
+            break
         burst, pause_s, spread = sending.following()
         if pause_s is not None:
             with suppress(TimeoutError):
                 async with asyncio.timeout(pause_s):
                     await over.wait()
-        ends = over.is_set()
-        if ends:
+        if over.is_set():
             writer.write_eof()
-        else:
-            await send(writer, burst, spread=spread)
-        bursts, octets = hearing.count, hearing.octets
-        if not await hear(reader, hearing.following()[0], progress):
-            assert not ends, "the one called ended too early"
-            return Heard(bursts, octets, progress.longest)
-        if ends:
-            return Heard(hearing.count, hearing.octets, progress.longest)
+            if turn is Turn.TOGETHER:
+                assert await ear.hear(), "an end where a burst was due"
+            break
+        await send(writer, burst, spread=spread)
+        if turn is not Turn.SECOND and not await ear.hear():
+            break
+    return Heard(ear.bursts, ear.octets, ear.longest)
 
 
 async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     """Serve one caller; whoever sent something wrong is reset."""
     try:
         writer.write(GREETING)
-        name = (await reader.readline()).decode().strip()
-        heard = await converse(reader, writer, (f"down {name}", f"up {name}"), asyncio.Event())
+        name, turn = (await reader.readline()).decode().split()
+        names = f"down {name}", f"up {name}"
+        heard = await converse(reader, writer, names, Turn(turn), asyncio.Event())
         sock = writer.get_extra_info("socket")
         info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, INFO_LEN)
         places = (DATA_SEGS_IN, RCV_OOOPACK, TOTAL_RETRANS, MIN_RTT)
@@ -162,19 +188,21 @@ async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> 
         writer.transport.abort()
 
 
-async def call(tunnel: Tunnel, order: Order, name: str, over: asyncio.Event) -> Seen:
+async def call(tunnel: Tunnel, order: Order, number: int, over: asyncio.Event) -> Seen:
     """One stream from dialling to what the other end says of it."""
+    ours, theirs = TURNS[number % len(TURNS)]
     sock = await tunnel.dial(order.host, order.port)
     reader, writer = await asyncio.open_connection(sock=sock)
     try:
         assert await reader.readexactly(1) == GREETING
-        writer.write(f"{name}\n".encode())
-        ours = await converse(reader, writer, (f"up {name}", f"down {name}"), over)
-        theirs, *figures = json.loads(await reader.read())
+        writer.write(f"{number} {theirs}\n".encode())
+        names = f"up {number}", f"down {number}"
+        heard = await converse(reader, writer, names, ours, over)
+        told, *figures = json.loads(await reader.read())
     finally:
         writer.close()
         await writer.wait_closed()
-    return Seen(ours, Heard(**theirs), *figures)
+    return Seen(heard, Heard(**told), *figures)
 
 
 async def carry_out(order: Order) -> list[Seen]:
@@ -183,7 +211,7 @@ async def carry_out(order: Order) -> list[Seen]:
     async with open_tunnel(TunnelConfig.parse(order.config)) as tunnel:
         await tunnel.ready(timeout_s=30)
         asyncio.get_running_loop().call_later(order.seconds, over.set)
-        calls = (call(tunnel, order, f"{number}", over) for number in range(order.streams))
+        calls = (call(tunnel, order, number, over) for number in range(order.streams))
         return await asyncio.gather(*calls)
 
 
