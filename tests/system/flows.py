@@ -47,6 +47,7 @@ class Seen:
     `segment` is the size of our segments in the eyes of the kernel.
     """
 
+    name: str
     first_s: float
     took_s: float
     idle_s: float
@@ -161,7 +162,7 @@ async def call(tunnel: HostedTunnel, order: Order, stream: tuple[str, int, int])
     assert progress.first is not None
     took_s = time.monotonic() - progress.began
     idle_s = max(progress.longest, int(verdict[8:]) / 1000)
-    return Seen(progress.first - progress.began, took_s, idle_s, int(verdict[:8]))
+    return Seen(name, progress.first - progress.began, took_s, idle_s, int(verdict[:8]))
 
 
 async def carry_out(order: Order) -> Report:

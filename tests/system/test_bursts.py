@@ -1,9 +1,6 @@
 """Single octets over a very short and lossy way to the kernel's TCP: what is lost soon follows."""
 
-import json
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 
@@ -11,7 +8,7 @@ import pytest
 
 from tests.system.bursts import Order, Seen, read_seen
 from tests.system.conversation import settings
-from tests.system.lab import OURS, ROOT, THEIRS, laboratory, run
+from tests.system.lab import OURS, THEIRS, laboratory, run
 from tests.system.test_streams import Bench
 from tests.tunnel.joined import public
 
@@ -26,18 +23,7 @@ SECONDS = [10, pytest.param(600, marks=pytest.mark.long)]
 def converse(bench: Bench, seconds: float) -> list[Seen]:
     """Have a process of its own, with a tunnel in yet another one, send bursts for so long."""
     order = Order(bench.config.dump(), bench.host, bench.port, STREAMS, seconds)
-    words = ("ip", "netns", "exec", bench.lab.left, sys.executable, "-m", "tests.system.bursts")
-    done = subprocess.run(
-        (*words, "call"),
-        cwd=ROOT,
-        input=json.dumps(asdict(order)) + "\n",
-        capture_output=True,
-        text=True,
-        timeout=seconds + MARGIN_S,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return read_seen(done.stdout)
+    return read_seen(bench.call("tests.system.bursts", asdict(order), seconds + MARGIN_S))
 
 
 @pytest.fixture

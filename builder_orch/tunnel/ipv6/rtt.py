@@ -74,10 +74,10 @@ class RoundTrip:
     def syn_was_lost(self) -> None:
         """Be patient with the first data after a SYN that had to be repeated (§5.7).
 
-        Not where other connections know the path: then it was most likely lost.
+        Less so where other connections know the path: then the SYN was most likely lost.
         """
-        if self.srtt is None and not self._is_expected:
-            self._base = AFTER_LOST_SYN
+        if self.srtt is None:
+            self._base = INITIAL_RTO if self._is_expected else AFTER_LOST_SYN
 
 
 class Remotes:
