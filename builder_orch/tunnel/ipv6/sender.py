@@ -307,7 +307,9 @@ class Sender(Repair):
         mss = self.mss
         train = mss * train_limit(mss + self._overhead)
         if octets > train:
-            octets = self.outbox.whole(self.nxt, octets, train)
+            whole = self.outbox.whole(self.nxt, octets, train)
+            # Where the only end is near, little would go now, and for that nobody would call again.
+            octets = whole if whole >= DEFER_SEGMENTS * mss else octets
         return octets - octets % mss
 
     def _paced(self, octets: int, now: float, *, fresh: bool = True) -> int:

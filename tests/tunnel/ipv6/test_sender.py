@@ -2,15 +2,29 @@
 
 import pytest
 
-from builder_orch.tunnel.ipv6.segment import ACK, PSH, RST
+from builder_orch.tunnel.ipv6.segment import ACK, PSH, RST, Template
+from builder_orch.tunnel.ipv6.sender import Sender
 from builder_orch.tunnel.ipv6.state import End
+from tests.tunnel.ipv6.cubic import Cubic
 from tests.tunnel.ipv6.script import Script, ended, opened
-from tests.tunnel.ipv6.world import LEFT, stack
+from tests.tunnel.ipv6.world import LEFT, RIGHT, stack
 
 MSS = 1360
 
 
 # -- data and its repair
+
+
+@pytest.mark.parametrize("first", range(1, 44 * MSS, 5 * MSS // 3))
+def test_a_window_just_above_a_train_is_used_wherever_chunks_begin(first: int) -> None:
+    local, remote = (LEFT.packed, 1), (RIGHT.packed, 2)
+    congestion = Cubic(MSS)
+    congestion.cwnd = 44 * MSS + 700
+    sender = Sender(1, mss=MSS, template=Template(local, remote), congestion=congestion)
+    sender.opened(1 << 20)
+    sender.write(bytes(first))
+    sender.write(bytes(200 * MSS))
+    assert sum(map(len, sender.transmit(1.0, 1, 1))) >= 16
 
 
 def test_lost_data_is_sent_again_at_the_next_deadline() -> None:
