@@ -8,8 +8,10 @@ import asyncio
 import errno
 import socket
 import struct
+import sys
 from collections import Counter, deque
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import Self
 
@@ -20,6 +22,11 @@ from builder_orch.tunnel.machine import Datagrams, Endpoint
 SOL_UDP = 17
 UDP_SEGMENT = 103
 UDP_GRO = 104
+MAY_BE_CUT = {
+    socket.AF_INET: (socket.IPPROTO_IP, 10, 0),
+    socket.AF_INET6: (socket.IPPROTO_IPV6, 23, 0),
+}
+"""IP_MTU_DISCOVER and IPV6_MTU_DISCOVER with IP_PMTUDISC_DONT (ip(7), ipv6(7))."""
 SOCKET_BUFFER = 4 << 20
 RECEIVE_BUFFER = 1 << 16
 RECEIVES_PER_WAKEUP = 64
@@ -180,6 +187,12 @@ class UdpCarrier:
         sock.setblocking(False)
         for option in (socket.SO_RCVBUF, socket.SO_SNDBUF):
             sock.setsockopt(socket.SOL_SOCKET, option, SOCKET_BUFFER)
+        if sys.platform == "linux" and sock.family in MAY_BE_CUT:
+            # By default a lone datagram must not be cut to pieces on its way, where a train's may:
+            # one that is too big would be lost each time where nobody tells. As the kernel's own
+            # WireGuard has it, whoever has the narrow link cuts; pieces are checked as a whole.
+            with suppress(OSError):
+                sock.setsockopt(*MAY_BE_CUT[sock.family])
         self._segmenting = self._offload and _allows(sock, UDP_SEGMENT, 0)
         if self._offload:
             _allows(sock, UDP_GRO, 1)

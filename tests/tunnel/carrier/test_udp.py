@@ -2,6 +2,7 @@
 
 import asyncio
 import socket
+import sys
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 
@@ -36,6 +37,22 @@ async def test_a_train_arrives_as_its_datagrams(offload: bool) -> None:
         await received.until(lambda: len(received.datagrams) >= len(sent))
         assert received.datagrams == sent
         assert received.sources == {client.endpoint}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the options are Linux's")
+@pytest.mark.parametrize(
+    ("host", "level", "option"),
+    [("127.0.0.1", socket.IPPROTO_IP, 10), ("::1", socket.IPPROTO_IPV6, 23)],
+    ids=["IPv4", "IPv6"],
+)
+def test_a_lone_datagram_may_be_cut_on_its_way(host: str, level: int, option: int) -> None:
+    """IP_MTU_DISCOVER of ip(7), IPV6_MTU_DISCOVER of ipv6(7)."""
+    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM)
+    carrier = UdpCarrier(sock)
+    try:
+        assert sock.getsockopt(level, option) == 0
+    finally:
+        carrier.close()
 
 
 async def test_a_full_buffer_delays_but_loses_nothing_that_was_queued() -> None:
