@@ -134,6 +134,7 @@ def test_short_connections_leave_nothing_behind(bench: Bench, number: int) -> No
     """1 KB there and back each; memory and descriptors are afterwards what they were."""
     report = bench.carry_out([(f"{n}", 1024, 1024) for n in range(number)], 16)
     assert len(report.seen) == number
-    assert report.descriptors_after == report.descriptors_before
+    # Before, the first stream of all may not have been closed yet.
+    assert report.descriptors_after <= report.descriptors_before
     print(f"{report.early_kb} KB, then {report.last_kb} KB; {report.took_s:.1f} s")  # noqa: T201
     assert report.last_kb - report.early_kb < 5000
