@@ -17,7 +17,7 @@ from typing import Self
 
 from builder_orch.tunnel.carrier import BARRED, REFUSED, SILENT, Deliver, Route, Sign
 from builder_orch.tunnel.carrier.upgrade import authority
-from builder_orch.tunnel.machine import Datagrams, Endpoint
+from builder_orch.tunnel.machine import TRAIN_PACKETS, Datagrams, Endpoint
 
 SOL_UDP = 17
 UDP_SEGMENT = 103
@@ -28,7 +28,8 @@ MAY_BE_CUT = {
 }
 """IP_MTU_DISCOVER and IPV6_MTU_DISCOVER with IP_PMTUDISC_DONT (ip(7), ipv6(7))."""
 SOCKET_BUFFER = 4 << 20
-RECEIVE_BUFFER = 1 << 16
+LARGEST_RECEIVE = 1 << 16
+RECEIVE_BUFFER = 2 * LARGEST_RECEIVE
 RECEIVES_PER_WAKEUP = 64
 OCTETS_PER_WAKEUP = 1 << 20
 """So much of what waits is taken before anything is sent. The acknowledgements of many streams come
@@ -78,8 +79,9 @@ class UdpCarrier:
         self._look_timer: asyncio.TimerHandle | None = None
         self.relocated: Callable[[], None] = lambda: None
         self._queue: deque[Datagrams] = deque()
-        self._buffer = bytearray(RECEIVE_BUFFER)
-        self._view = memoryview(self._buffer)
+        self._view = memoryview(bytearray(RECEIVE_BUFFER))
+        self._begin = self._end = self._unit = 0
+        self._source: Endpoint = ("", 0)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._deliver: Deliver | None = None
         self._settled: Callable[[], None] | None = None
@@ -276,14 +278,14 @@ class UdpCarrier:
             self._settled()
 
     def _on_readable(self) -> None:
-        sock, deliver, buffers = self._socket, self._deliver, [self._buffer]
-        receive = sock.recvmsg_into
-        assert deliver is not None
+        sock = self._socket
         assert self._settled is not None
         left = OCTETS_PER_WAKEUP
         for _ in range(RECEIVES_PER_WAKEUP):
             try:
-                size, ancillary, flags, address = receive(buffers, _ANCILLARY)
+                size, ancillary, flags, address = sock.recvmsg_into(
+                    [self._view[self._end :]], _ANCILLARY
+                )
             except (BlockingIOError, InterruptedError):
                 break
             except OSError as error:
@@ -297,13 +299,37 @@ class UdpCarrier:
                 if level == SOL_UDP and kind == UDP_GRO:
                     segment = _GRO.unpack_from(data)[0] or size
             if size:
-                deliver(self._view[:size], segment, address[:2])
+                self._gather(size, segment, address[:2])
             if self._loop is None:
                 return
             left -= size
             if left <= 0 or self._socket is not sock:
                 break
-        self._settled()
+        self._hand_up()
+        self._begin = self._end = 0
+        if self._loop is not None:
+            self._settled()
+
+    def _gather(self, size: int, segment: int, source: Endpoint) -> None:
+        """Lay what came behind what is of one kind with it, as far as that makes a train.
+
+        The kernel does so with datagrams that come together; acknowledgements, and what many
+        streams bring, come one by one, and cost above as much as a train does.
+        """
+        if segment != self._unit or source != self._source:
+            self._hand_up()
+            self._unit, self._source = segment, source
+        self._end += size
+        is_last = size % segment or self._end - self._begin >= segment * TRAIN_PACKETS
+        if is_last or self._end > RECEIVE_BUFFER - LARGEST_RECEIVE:
+            self._hand_up()
+            self._begin = self._end = 0
+
+    def _hand_up(self) -> None:
+        if self._begin < self._end and self._deliver is not None:
+            octets = self._view[self._begin : self._end]
+            self._begin = self._end
+            self._deliver(octets, self._unit, self._source)
 
 
 def _towards(endpoint: Endpoint) -> socket.socket:

@@ -34,6 +34,8 @@ _HEADERS = Struct(">44sI8sHH")
 _ACK_PART = Struct(">IHH")
 _BLOCK = Struct(">II")
 _FIELDS = Struct(">IIHH").unpack_from
+_BLOCKS_LENGTHS = {8 * n: bytes((_NOP, _NOP, _SACK, 2 + 8 * n)) for n in range(1, 5)}
+"""How an option with so many octets of blocks begins."""
 FULL_RUN = 4
 """How many packets make it worth to read them all at once."""
 
@@ -241,6 +243,87 @@ def _read_full(
     ):
         return None
     return Run(index + count, list(payloads), octets, advance, windows[-1])
+
+
+class Answers(NamedTuple):
+    """What a run of pure acknowledgements said; `after` is the index of the packet behind it.
+
+    `acked` and the edges of `blocks`, which lie apart and in order, count from the first
+    unacknowledged octet; `window` is the last field as it travelled.
+    """
+
+    after: int
+    acked: int
+    window: int
+    blocks: Blocks
+
+
+def read_answers(
+    packets: list[bytes], index: int, nxt: int, una: int, outstanding: int, overhead: int
+) -> Answers | None:
+    """Read `packets[index:]` as far as they are one connection's acknowledgements with SACK blocks.
+
+    Several that were there at once are as good as the last of them with all that they selected: a
+    peer might have sent that alone. They carry ACK and nothing else at `nxt`, acknowledge no less
+    than the one before and select nothing outside the `outstanding` octets from `una`. None if not
+    even the first does, or if it says that something came twice (RFC 2883).
+    """
+    head, options = packets[index][6:44], packets[index][PACKET_OVERHEAD:overhead]
+    nxt &= MASK
+    una &= MASK
+    selected: dict[int, int] = {}
+    acked = window = 0
+    begun, count = index, len(packets)
+    while index < count:
+        packet = packets[index]
+        size = len(packet)
+        blocks_len = size - overhead - 4
+        if blocks_len not in _BLOCKS_LENGTHS or packet[6:44] != head:
+            break
+        if packet[overhead : overhead + 4] != _BLOCKS_LENGTHS[blocks_len]:
+            break
+        if options and packet[PACKET_OVERHEAD:overhead] != options:
+            break
+        seq, ack, bits, offered = _FIELDS(packet, 44)
+        advance = (ack - una) & MASK
+        if (
+            seq != nxt
+            or bits != (size - header.HEADER_LEN << 10 | ACK)
+            or int.from_bytes(packet[4:6], "big") != size - header.HEADER_LEN
+            or not acked <= advance <= outstanding
+        ):
+            break
+        edges = [
+            ((left - una) & MASK, (right - una) & MASK)
+            for left, right in _BLOCK.iter_unpack(packet[overhead + 4 :])
+        ]
+        if not all(advance < left < right <= outstanding for left, right in edges):
+            break
+        if len(edges) > 1 and edges[1][0] <= edges[0][0] and edges[0][1] <= edges[1][1]:
+            break
+        for left, right in edges:
+            if right > selected.get(left, 0):
+                selected[left] = right
+        acked, window = advance, offered
+        index += 1
+    if index == begun:
+        return None
+    return Answers(index, acked, window, _apart_from(acked, selected))
+
+
+def _apart_from(acked: int, selected: dict[int, int]) -> Blocks:
+    """What is selected beyond `acked`, each octet once."""
+    blocks: list[tuple[int, int]] = []
+    reach = acked
+    for left, right in sorted(selected.items()):
+        if right <= reach:
+            continue
+        if blocks and left <= reach:
+            blocks[-1] = blocks[-1][0], right
+        else:
+            blocks.append((max(left, reach), right))
+        reach = right
+    return tuple(blocks)
 
 
 class Template:

@@ -23,6 +23,7 @@ from builder_orch.tunnel.ipv6.segment import (
     SYN,
     Segment,
     Template,
+    read_answers,
     read_run,
 )
 from builder_orch.tunnel.ipv6.sender import CAPACITY as SEND_CAPACITY
@@ -118,11 +119,8 @@ class ControlBlock(ABC):
         outstanding = sender.nxt - sender.una
         run = read_run(packets, index, receiver.nxt, sender.una, outstanding, room, overhead)
         if run is None:
-            return index
-        self._keepalive.heard(now)
-        self._confirm_at = None
-        if self._stamps is not None and receiver.last_ack == receiver.nxt:
-            self._stamps.came(int.from_bytes(packets[index][64:68], "big"), now)
+            return self._receive_answers(packets, index, outstanding, now)
+        self._note_heard(packets[index], now)
         if run.octets:
             was_empty = not receiver.readable
             receiver.extend(run.payloads, run.octets, now)
@@ -138,6 +136,35 @@ class ControlBlock(ABC):
             sender.acknowledge(ack, (), now)
             self._after_acknowledgement()
         return run.after
+
+    def _receive_answers(
+        self, packets: list[bytes], index: int, outstanding: int, now: float
+    ) -> int:
+        """The same for acknowledgements with SACK blocks, of which a reordered path has most."""
+        sender, receiver = self.sender, self.receiver
+        if not sender.selective or not outstanding:
+            return index
+        overhead = self.template.overhead
+        una = sender.una
+        answers = read_answers(packets, index, receiver.nxt, una, outstanding, overhead)
+        if answers is None:
+            return index
+        self._note_heard(packets[index], now)
+        ack, window = una + answers.acked, answers.window << self._scale
+        self._update = receiver.nxt, ack
+        if ack + window != sender.edge:
+            sender.window_is(ack + window, window)
+        blocks = tuple((una + left, una + right) for left, right in answers.blocks)
+        sender.acknowledge(ack, blocks, now)
+        self._after_acknowledgement()
+        return answers.after
+
+    def _note_heard(self, packet: bytes, now: float) -> None:
+        """A plain packet of the peer at the next number has come."""
+        self._keepalive.heard(now)
+        self._confirm_at = None
+        if self._stamps is not None and self.receiver.last_ack == self.receiver.nxt:
+            self._stamps.came(int.from_bytes(packet[64:68], "big"), now)
 
     def receive(self, segment: Segment, now: float) -> None:
         """Take any segment (RFC 9293 §3.10.7)."""

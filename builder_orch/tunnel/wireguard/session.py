@@ -39,7 +39,7 @@ _NONCE = Struct("<4xQ").pack
 _WORDS = Struct("<QQ").unpack_from
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=512)
 def _apart(segment: int, count: int) -> Callable[[memoryview, int], tuple[Any, ...]]:
     """Takes `count` datagrams apart: name, counter and sealed packet of each in turn."""
     return Struct("<" + f"QQ{segment - HEADER_LEN}s" * count).unpack_from

@@ -213,6 +213,7 @@ class Received:
 
     def __init__(self) -> None:
         self.datagrams: list[bytes] = []
+        self.trains: list[int] = []
         self.sources: set[Endpoint] = set()
         self.bursts = 0
         self.changed = asyncio.Event()
@@ -221,6 +222,7 @@ class Received:
         self.datagrams += [
             bytes(octets[at : at + segment]) for at in range(0, len(octets), segment)
         ]
+        self.trains.append(-(-len(octets) // segment))
         self.sources.add(source)
 
     def settled(self) -> None:

@@ -74,6 +74,32 @@ async def test_what_waits_is_taken_before_anything_is_answered() -> None:
         assert received.bursts == 1
 
 
+async def test_equal_datagrams_that_came_one_by_one_are_handed_up_as_trains() -> None:
+    sizes = [80] * 50 + [96, 80, 96, 96, 60_000, 60_000] + [1452] * 5
+    sent = [bytes([number]) * size for number, size in enumerate(sizes)]
+    async with joined(offload=False) as (client, server, received):
+        for datagram in sent:
+            client.send(Datagrams(datagram, len(datagram), ("ignored", 0)))
+        await received.until(lambda: len(received.datagrams) >= len(sent))
+        assert received.datagrams == sent
+        assert received.trains == [44, 6, 1, 1, 2, 2, 5]
+        assert not server.drops
+
+
+async def test_datagrams_of_two_senders_are_told_apart() -> None:
+    async with joined(offload=False) as (client, server, received):
+        other = UdpCarrier.connect(server.endpoint)
+        try:
+            for number, sender in enumerate((client, client, other, client)):
+                sender.send(Datagrams(bytes([number]), 1, ("ignored", 0)))
+            await received.until(lambda: len(received.datagrams) >= 4)
+            assert received.datagrams == [b"\0", b"\1", b"\2", b"\3"]
+            assert received.trains == [2, 1, 1]
+            assert received.sources == {client.endpoint, other.endpoint}
+        finally:
+            other.close()
+
+
 async def test_another_address_of_ours_is_taken_when_the_way_begins_there(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

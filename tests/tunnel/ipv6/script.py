@@ -70,14 +70,30 @@ class Script:
         blocks: Blocks = (),
     ) -> None:
         """One segment from the peer."""
+        packets = self.packet(
+            flags, seq, ack, payload, window=window, options=options, blocks=blocks
+        )
+        self.stack.receive(packets, self.now)
+
+    def packet(
+        self,
+        flags: int,
+        seq: int,
+        ack: int = 0,
+        payload: bytes = b"",
+        *,
+        window: int = 0xFFFF,
+        options: bytes = b"",
+        blocks: Blocks = (),
+    ) -> list[bytes]:
+        """One segment of the peer's that has not come yet."""
         ours, theirs = self.ports
         template = Template((RIGHT.packed, theirs), (LEFT.packed, ours))
         if blocks:
             absolute = tuple((left + self.initial, right + self.initial) for left, right in blocks)
             options += segment.sack_option(absolute)
         ack = ack + self.initial if flags & ACK else 0
-        packet = template.segment(seq + self.peer_initial, ack, flags, window, payload, options)
-        self.stack.receive([packet], self.now)
+        return [template.segment(seq + self.peer_initial, ack, flags, window, payload, options)]
 
     def wait(self, seconds: float) -> list[Segment]:
         """Let time pass, waking the stack when it asks for it; everything it sends."""

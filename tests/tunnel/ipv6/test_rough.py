@@ -43,6 +43,14 @@ def test_losses_in_bursts_are_repaired() -> None:
     assert world.now < 20
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_a_busy_host_hears_many_answers_at_once(seed: int) -> None:
+    """Acknowledgements that waited are read together, with all they selected and in any order."""
+    world = World(BAD, seed=seed, sealed=True, turn_s=0.003)
+    transfer(BAD, world=world, seed=seed, up=2 << 20, down=1 << 18)
+    assert world.now < 20
+
+
 @pytest.mark.parametrize("told", [True, False])
 @pytest.mark.parametrize("mtu", [1280, 1320, 1400])
 def test_a_narrow_path_is_found_with_or_without_being_told(mtu: int, told: bool) -> None:

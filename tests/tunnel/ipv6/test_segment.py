@@ -5,7 +5,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from builder_orch.tunnel.ipv6 import header, segment
-from builder_orch.tunnel.ipv6.segment import ACK, FIN, PSH, SYN, Run, Segment, Template, read_run
+from builder_orch.tunnel.ipv6.segment import (
+    ACK,
+    FIN,
+    PSH,
+    SYN,
+    Answers,
+    Blocks,
+    Run,
+    Segment,
+    Template,
+    read_answers,
+    read_run,
+    sack_option,
+)
 from builder_orch.tunnel.ipv6.seq import MASK
 from builder_orch.tunnel.machine import Malformed
 
@@ -153,3 +166,80 @@ def test_many_packets_at_once_are_read_as_they_are_one_by_one(
         payloads = expected.payloads + run.payloads
         expected = Run(expected.after + 1, payloads, octets, run.acked, run.window)
     assert read(packets) == (expected if expected.after else None)
+
+
+def answer(ack: int, *blocks: tuple[int, int], seq: int = 100, flags: int = ACK) -> bytes:
+    return TEMPLATE.segment(seq, ack, flags, 9, b"", sack_option(blocks))
+
+
+def answers(packets: list[bytes]) -> Answers | None:
+    return read_answers(packets, 0, 100, 500, 100, segment.PACKET_OVERHEAD)
+
+
+def test_answers_that_were_there_at_once_are_read_as_one() -> None:
+    first = [answer(500, (510, 520)), answer(500, (510, 530)), answer(505, (540, 550), (510, 530))]
+    assert answers(first) == Answers(3, 5, 9, ((10, 30), (40, 50)))
+    # What was selected first and then acknowledged for good is not selected any more.
+    assert answers([*first, answer(520, (545, 560))]) == Answers(4, 20, 9, ((20, 30), (40, 60)))
+    assert answers([*first, answer(550, (560, 570))]) == Answers(4, 50, 9, ((60, 70),))
+
+
+def test_answers_end_where_something_new_begins() -> None:
+    first, plain = answer(505, (510, 520)), Answers(1, 5, 9, ((10, 20),))
+    whole = answer(505, (540, 550), (510, 520))
+    assert answers([first, answer(504, (510, 530))]) == plain
+    elsewhere = Template(LOCAL, (REMOTE[0], 80))
+    assert answers([first, elsewhere.segment(100, 505, ACK, 9, b"", first[60:])]) == plain
+    others = [
+        answer(505),
+        answer(505, (500, 504), (510, 520)),
+        answer(505, (512, 515), (510, 520)),
+        answer(505, (505, 520)),
+        answer(505, (520, 520)),
+        answer(505, (590, 601)),
+        answer(601, (610, 620)),
+        answer(505, (510, 530), seq=99),
+        answer(505, (510, 530), flags=ACK | PSH),
+        answer(505, (510, 530), flags=ACK | FIN),
+        TEMPLATE.segment(100, 505, ACK, 9, b"data", sack_option(((510, 530),))),
+        TEMPLATE.segment(100, 505, ACK, 9, b"", b"\1\1\1\1" + sack_option(((510, 530),))),
+        whole[:-8],
+        whole[:-1],
+        whole[:4] + b"\0\x20" + whole[6:],
+    ]
+    for other in others:
+        assert answers([first, other]) == plain
+        assert answers([other]) is None
+
+
+def test_answers_go_over_the_border_of_the_circle() -> None:
+    packets = [answer(MASK, (3, 9)), answer(1, (3, 12))]
+    assert read_answers(packets, 0, 100, MASK - 1, 50, 60) == Answers(2, 3, 9, ((5, 14),))
+
+
+BLOCKS = st.lists(st.tuples(st.integers(0, 60), st.integers(0, 60)), min_size=1, max_size=4)
+
+
+@given(st.lists(st.tuples(st.integers(0, 60), BLOCKS), min_size=1, max_size=6))
+def test_answers_select_what_each_of_them_selects(said: list[tuple[int, Blocks]]) -> None:
+    packets = [
+        answer(500 + ack, *((500 + left, 500 + right) for left, right in blocks))
+        for ack, blocks in said
+    ]
+    taken, acked, selected = 0, 0, set[int]()
+    for packet, (ack, blocks) in zip(packets, said, strict=True):
+        one = answers([packet])
+        if one is None or ack < acked:
+            break
+        assert {o for left, right in one.blocks for o in range(left, right)} == {
+            o for left, right in blocks for o in range(left, right)
+        }
+        taken, acked = taken + 1, ack
+        selected |= {o for left, right in blocks for o in range(left, right)}
+    all_of_them = answers(packets)
+    if all_of_them is None:
+        assert not taken
+        return
+    assert (all_of_them.after, all_of_them.acked) == (taken, acked)
+    octets = [o for left, right in all_of_them.blocks for o in range(left, right)]
+    assert octets == sorted(o for o in selected if o >= acked)

@@ -42,6 +42,33 @@ def test_lost_data_is_sent_again_at_the_next_deadline() -> None:
     assert script.stack.deadline() is None
 
 
+def test_answers_that_come_at_once_do_what_they_do_one_by_one() -> None:
+    """The second and fifth segment were late; what was lost in the end is the eighth."""
+    said = [
+        (1, ((MSS + 1, 3 * MSS + 1),)),
+        (1, ((MSS + 1, 4 * MSS + 1),)),
+        (4 * MSS + 1, ((5 * MSS + 1, 6 * MSS + 1),)),
+        (4 * MSS + 1, ((5 * MSS + 1, 7 * MSS + 1),)),
+        (7 * MSS + 1, ((8 * MSS + 1, 10 * MSS + 1),)),
+    ]
+    went = []
+    for at_once in (False, True):
+        script, connection = opened()
+        connection.write(bytes(10 * MSS))
+        assert len(script.out()) == 10
+        script.now += 0.02
+        packets = []
+        for ack, blocks in said:
+            packets += script.packet(ACK, 1, ack, blocks=blocks)
+        for part in [packets] if at_once else [[packet] for packet in packets]:
+            script.stack.receive(part, script.now)
+        assert connection.sender.una == 7 * MSS + 1 + script.initial
+        assert connection.sender.board.sacked == 2 * MSS
+        connection.write(bytes(10 * MSS))
+        went.append(sorted(one.seq for one in script.wait(0.03))[:10])
+    assert went[0] == went[1] == [7 * MSS + 1, *range(10 * MSS + 1, 19 * MSS, MSS)]
+
+
 def test_a_lost_tail_is_probed_after_two_round_trips() -> None:
     script, connection = opened()
     connection.write(bytes(4 * MSS))
