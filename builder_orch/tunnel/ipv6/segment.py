@@ -4,7 +4,7 @@
 one: what never changes in one direction of one connection is laid out and summed once.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from itertools import repeat
 from struct import Struct
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from builder_orch.tunnel.ipv6 import header
 from builder_orch.tunnel.ipv6.seq import MASK, MODULUS
-from builder_orch.tunnel.ipv6.sums import sums
+from builder_orch.tunnel.ipv6.sums import fields
 from builder_orch.tunnel.machine import Address, Malformed
 
 FIN, SYN, RST, PSH, ACK, URG = 1, 2, 4, 8, 16, 32
@@ -50,6 +50,13 @@ def _apart(length: int) -> Callable[[bytes], tuple[Any, ...]]:
 def _slices(size: int, count: int) -> Callable[[bytes, int], tuple[bytes, ...]]:
     """Cuts `count` payloads of `size` octets out of a chunk."""
     return Struct(f"{size}s" * count).unpack_from
+
+
+@lru_cache(maxsize=64)
+def _packet(options_len: int, size: int) -> Callable[..., bytes]:
+    """Joins the parts of a packet: what never changes, its number, the rest of its header without
+    urgent pointer, options if there are any, and payload."""
+    return Struct(">44sI8sH2x" + f"{options_len}s" * bool(options_len) + f"{size}s").pack
 
 
 class Segment(NamedTuple):
@@ -401,22 +408,14 @@ class Template:
         bits = self.overhead - header.HEADER_LEN << 10 | ACK
         start = _IP_START.pack(header.VERSION, length, header.TCP, header.HOP_LIMIT) + self._tail
         middle = _ACK_PART.pack(ack, bits, window)
-        constant = self._constant + length + ack + bits + window + self._options_sum
-        seqs = range(seq, seq + size * count, size)
-        fields = [
-            65535 - (constant + number + total) % 65535
-            for number, total in zip(seqs, sums(chunk, at, size, count), strict=True)
+        rest = self._constant + length + ack + bits + window + self._options_sum + seq
+        columns: list[Iterable[object]] = [
+            repeat(start),
+            range(seq, seq + size * count, size),
+            repeat(middle),
+            fields(chunk, at, size, count, rest),
+            _slices(size, count)(chunk, at),
         ]
-        pack = Struct(f">44sI8sHH{len(options)}s{size}s").pack
-        return list(
-            map(
-                pack,
-                repeat(start),
-                seqs,
-                repeat(middle),
-                fields,
-                repeat(0),
-                repeat(options),
-                _slices(size, count)(chunk, at),
-            )
-        )
+        if options:
+            columns.insert(4, repeat(options))
+        return list(map(_packet(len(options), size), *columns))

@@ -29,7 +29,7 @@ from builder_orch.tunnel.wireguard.message import (
     CookieReply,
     Response,
 )
-from builder_orch.tunnel.wireguard.session import Session, Slots
+from builder_orch.tunnel.wireguard.session import Session, Slate, Slots
 from builder_orch.tunnel.wireguard.timers import (
     HANDSHAKE_ATTEMPTS,
     KEEPALIVE_TIMEOUT,
@@ -108,6 +108,7 @@ class Common:
     entropy: Entropy
     epoch: float
     session: type[Session]
+    slate: Slate = field(default_factory=Slate)
     owners: dict[int, "Peer"] = field(default_factory=dict)
     outgoing: list[Datagrams] = field(default_factory=list)
     events: deque[Event] = field(default_factory=lambda: deque(maxlen=EVENTS))
@@ -240,7 +241,14 @@ class Peer:
         except (Malformed, Rejected):
             del self._common.owners[index]
             raise
-        session = self._common.session(keys, local=index, remote=sender, born=now, initiator=False)
+        session = self._common.session(
+            keys,
+            local=index,
+            remote=sender,
+            born=now,
+            initiator=False,
+            slate=self._common.slate,
+        )
         self._release(self._slots.responded(session))
         self._timers.set(Timer.ZERO_KEYS, now + ZERO_KEYS_TIME)
         self._has_heard(INITIATION_LEN, source, now)
@@ -250,7 +258,12 @@ class Peer:
         """The peer answered: the keys may be used, and must be, to confirm. Rejected."""
         keys = self._handshake.finish(response)
         session = self._common.session(
-            keys, local=response.receiver, remote=response.sender, born=now, initiator=True
+            keys,
+            local=response.receiver,
+            remote=response.sender,
+            born=now,
+            initiator=True,
+            slate=self._common.slate,
         )
         self._release(self._slots.initiated(session))
         self._timers.set(Timer.ZERO_KEYS, now + ZERO_KEYS_TIME)

@@ -32,9 +32,10 @@ OVERHEAD = HEADER_LEN + TAG_LEN
 PADDING = 16
 RUN = 2
 """How many datagrams make it worth to take them apart all at once."""
+PLACES = 16
+"""Sizes of datagrams whose places are remembered."""
 
-_PREFIX = Struct("<II")
-_HEADER = Struct("<8sQ").pack
+_HEADER = Struct("<QQ").pack
 _NONCE = Struct("<4xQ").pack
 _WORDS = Struct("<QQ").unpack_from
 
@@ -45,11 +46,60 @@ def _apart(segment: int, count: int) -> Callable[[memoryview, int], tuple[Any, .
     return Struct("<" + f"QQ{segment - HEADER_LEN}s" * count).unpack_from
 
 
+@lru_cache(maxsize=512)
+def _heads(segment: int, count: int) -> Callable[..., None]:
+    """Lays out the headers of `count` datagrams, name and counter of each; zeros between them."""
+    return Struct("<" + f"QQ{segment - HEADER_LEN}x" * count).pack_into
+
+
+@lru_cache(maxsize=64)
+def _nonces_of(count: int) -> tuple[Callable[..., bytes], Callable[[bytes], tuple[Any, ...]]]:
+    return Struct("<" + "4xQ" * count).pack, Struct("12s" * count).unpack
+
+
+def _nonces(counters: range) -> tuple[bytes, ...]:
+    pack, cut = _nonces_of(len(counters))
+    return cut(pack(*counters))
+
+
+class Slate:
+    """Room that trains are sealed in, and the places of their datagrams; one thread's at a time.
+
+    What is sealed is copied out of it: nobody can hold what the next train is written over.
+    """
+
+    __slots__ = ("_places", "octets")
+
+    def __init__(self) -> None:
+        self.octets = bytearray()
+        self._places: dict[int, list[memoryview]] = {}
+
+    def places(self, segment: int, count: int) -> list[memoryview]:
+        """Where the sealed packets of at least `count` datagrams go, headers left out."""
+        places = self._places.get(segment)
+        if places is not None and len(places) >= count:
+            return places
+        if len(self._places) >= PLACES or len(self.octets) < segment * count:
+            self._places.clear()
+        if len(self.octets) < segment * count:
+            self.octets = bytearray(segment * count)
+        view = memoryview(self.octets)
+        starts = range(0, segment * count, segment)
+        places = [view[start + HEADER_LEN : start + segment] for start in starts]
+        self._places[segment] = places
+        return places
+
+
 class Aead(Protocol):
     """What a session needs of a cipher; RFC 8439 with a nonce of 12 octets."""
 
     def encrypt(self, nonce: bytes, data: bytes, associated_data: bytes | None) -> bytes:
         """Ciphertext and tag."""
+
+    def encrypt_into(
+        self, nonce: bytes, data: bytes, associated_data: bytes | None, buf: memoryview
+    ) -> int:
+        """The same, written to `buf`, which has exactly that length."""
 
     def decrypt(
         self, nonce: bytes, data: bytes | memoryview, associated_data: bytes | None
@@ -65,10 +115,11 @@ class Session:
     """
 
     __slots__ = (
+        "_cipher",
         "_decrypt",
-        "_encrypt",
         "_incoming",
         "_outgoing",
+        "_slate",
         "_window",
         "born",
         "initiator",
@@ -77,11 +128,19 @@ class Session:
     )
 
     def __init__(
-        self, keys: Keys, *, local: int, remote: int, born: float, initiator: bool
+        self,
+        keys: Keys,
+        *,
+        local: int,
+        remote: int,
+        born: float,
+        initiator: bool,
+        slate: Slate | None = None,
     ) -> None:
-        self._encrypt = self.cipher(keys.send).encrypt
+        self._cipher = self.cipher(keys.send)
         self._decrypt = self.cipher(keys.receive).decrypt
-        self._outgoing = _PREFIX.pack(TRANSPORT, remote)
+        self._slate = slate or Slate()
+        self._outgoing = TRANSPORT | remote << 32
         self._incoming = TRANSPORT | local << 32
         self._window = Window()
         self.local = local
@@ -111,21 +170,31 @@ class Session:
         """A train as datagrams laid end to end and the length of each but the last.
 
         Packets are padded to 16 octets, but never beyond `mtu`. Rejected when the counters have run
-        out. Costs about 0.2 us a packet above the AEAD.
+        out. Costs about 0.1 us a packet above the AEAD.
         """
         size = len(train[0])
         padding = min(-size % PADDING, mtu - size)
         if padding > 0 or len(train[-1]) != size:
             train = [packet + bytes(min(-len(packet) % 16, mtu - len(packet))) for packet in train]
-        counter = self.sent
-        if counter + len(train) > REJECT_AFTER_MESSAGES:
+        counter, count = self.sent, len(train)
+        if counter + count > REJECT_AFTER_MESSAGES:
             raise Rejected("counters exhausted")
-        self.sent += len(train)
+        self.sent += count
+        segment = HEADER_LEN + len(train[0]) + TAG_LEN
+        if count == 1:
+            head = _HEADER(self._outgoing, counter)
+            return head + self._cipher.encrypt(_NONCE(counter), train[0], None), segment
         counters = range(counter, self.sent)
-        parts = [b""] * (2 * len(train))
-        parts[::2] = map(_HEADER, repeat(self._outgoing), counters)
-        parts[1::2] = map(self._encrypt, map(_NONCE, counters), train, repeat(None))
-        return b"".join(parts), len(parts[1]) + HEADER_LEN
+        names = [self._outgoing] * (2 * count)
+        names[1::2] = counters
+        places = self._slate.places(segment, count)
+        octets, end = self._slate.octets, segment * count
+        _heads(segment, count)(octets, 0, *names)
+        if len(train[-1]) != len(train[0]):
+            end -= len(train[0]) - len(train[-1])
+            places = [*places[: count - 1], places[count - 1][: len(train[-1]) + TAG_LEN]]
+        list(map(self._cipher.encrypt_into, _nonces(counters), train, repeat(None), places))
+        return bytes(memoryview(octets)[:end]), segment
 
     def open(
         self, octets: memoryview, start: int, segment: int, drops: Counter[str]
@@ -175,7 +244,7 @@ class Session:
         if parts[1::3] != tuple(counters) or parts[::3].count(self._incoming) != count:
             return [], start
         try:
-            opened = list(map(self._decrypt, map(_NONCE, counters), parts[2::3], repeat(None)))
+            opened = list(map(self._decrypt, _nonces(counters), parts[2::3], repeat(None)))
         except InvalidTag:
             return [], start
         self._settle(opened, 0, first, drops)

@@ -43,6 +43,13 @@ class Watched(Session):
                 used.add((key, nonce))
                 return cipher.encrypt(nonce, data, associated)
 
+            def encrypt_into(
+                self, nonce: bytes, data: bytes, associated: bytes | None, buf: memoryview
+            ) -> int:
+                assert (key, nonce) not in used, "the same key and nonce twice"
+                used.add((key, nonce))
+                return cipher.encrypt_into(nonce, data, associated, buf)
+
             def decrypt(
                 self, nonce: bytes, data: bytes | memoryview, associated: bytes | None
             ) -> bytes:

@@ -77,6 +77,12 @@ class Told:
         told, associated = self._told
         return self._cipher.encrypt(told, data, associated)
 
+    def encrypt_into(
+        self, nonce: bytes, data: bytes, associated_data: bytes | None, buf: memoryview
+    ) -> int:
+        told, associated = self._told
+        return self._cipher.encrypt_into(told, data, associated, buf)
+
     def decrypt(
         self, nonce: bytes, data: bytes | memoryview, associated_data: bytes | None
     ) -> bytes:
