@@ -391,6 +391,10 @@ class Tunnel:
         if packets:
             if self._capture is not None:
                 self._capture.record(packets)
+            if len(packets) >= TRAIN_PACKETS:
+                self._take_arrived(now)
+                self._stack.receive(packets, now)
+                return
             self._arrived += packets
             if len(self._arrived) >= TRAIN_PACKETS:
                 self._take_arrived(now)

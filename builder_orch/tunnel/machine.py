@@ -14,8 +14,8 @@ for a shorter last one, at most 64 packets and 64 KiB together. Outside, the sam
 UDP_GRO gives.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, overload
 
 Entropy = Callable[[int], bytes]
 Endpoint = tuple[str, int]
@@ -26,6 +26,38 @@ Train = list[bytes]
 
 TRAIN_PACKETS = 44
 """Packets in a full train: 44 datagrams of 1452 octets fit one UDP send of 64 KiB."""
+
+
+class Laid(Sequence[bytes]):
+    """Packets of `size` octets each, at least one of them, laid end to end in `octets`.
+
+    To most it is the list of its packets; who looks at all of them at once need not take it apart.
+    """
+
+    __slots__ = ("octets", "size")
+
+    def __init__(self, octets: bytes, size: int) -> None:
+        self.octets = octets
+        self.size = size
+
+    def __len__(self) -> int:
+        return len(self.octets) // self.size
+
+    @overload
+    def __getitem__(self, index: int) -> bytes: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[bytes]: ...
+
+    def __getitem__(self, index: int | slice) -> bytes | list[bytes]:
+        if isinstance(index, slice):
+            return list(self)[index]
+        start = range(0, len(self.octets), self.size)[index]
+        return self.octets[start : start + self.size]
+
+    def __iter__(self) -> Iterator[bytes]:
+        octets, size = self.octets, self.size
+        return (octets[start : start + size] for start in range(0, len(octets), size))
 
 
 class Datagrams(NamedTuple):

@@ -4,7 +4,7 @@
 one: what never changes in one direction of one connection is laid out and summed once.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from itertools import repeat
 from struct import Struct
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from builder_orch.tunnel.ipv6 import header
 from builder_orch.tunnel.ipv6.seq import MASK, MODULUS
 from builder_orch.tunnel.ipv6.sums import fields
-from builder_orch.tunnel.machine import Address, Malformed
+from builder_orch.tunnel.machine import Address, Laid, Malformed
 
 FIN, SYN, RST, PSH, ACK, URG = 1, 2, 4, 8, 16, 32
 
@@ -44,6 +44,12 @@ FULL_RUN = 4
 def _apart(length: int) -> Callable[[bytes], tuple[Any, ...]]:
     """Takes a packet with `length` octets and no options apart, as `_read_full` wants it."""
     return Struct(f">4x40sIIHH4x{length}s").unpack
+
+
+@lru_cache(maxsize=256)
+def _all_apart(length: int, count: int) -> Callable[[bytes, int], tuple[Any, ...]]:
+    """The same for `count` packets laid end to end."""
+    return Struct(">" + f"4x40sIIHH4x{length}s" * count).unpack_from
 
 
 @lru_cache(maxsize=64)
@@ -160,7 +166,7 @@ class Run(NamedTuple):
 
 
 def read_run(
-    packets: list[bytes],
+    packets: Sequence[bytes],
     index: int,
     nxt: int,
     una: int,
@@ -224,21 +230,28 @@ def _is_whole(packet: bytes, overhead: int) -> bool:
 
 
 def _read_full(
-    packets: list[bytes], index: int, nxt: int, una: int, outstanding: int, room: int
+    packets: Sequence[bytes], index: int, nxt: int, una: int, outstanding: int, room: int
 ) -> Run | None:
     """The case that nearly all of a download is, in C: full packets up to the end, one number
     acknowledged by all; None where it is another.
 
-    The first has been looked at. Two thirds of what the loop costs: 0.3 us a packet.
+    The first has been looked at. Two thirds of what the loop costs: 0.3 us a packet, and less where
+    they are laid end to end.
     """
-    if index:
+    count = len(packets) - index
+    if isinstance(packets, Laid):
+        length = packets.size - PACKET_OVERHEAD
+        parts = _all_apart(length, count)(packets.octets, index * packets.size)
+        heads, seqs, acks, bits, windows, payloads = (parts[column::6] for column in range(6))
+    else:
         packets = packets[index:]
-    count, size = len(packets), len(packets[0])
-    length = size - PACKET_OVERHEAD
+        size = len(packets[0])
+        length = size - PACKET_OVERHEAD
+        if packets[-1][4:44] != packets[0][4:44] or list(map(len, packets)).count(size) != count:
+            return None
+        rows = map(_apart(length), packets)
+        heads, seqs, acks, bits, windows, payloads = zip(*rows, strict=True)
     octets = count * length
-    if packets[-1][4:44] != packets[0][4:44] or list(map(len, packets)).count(size) != count:
-        return None
-    heads, seqs, acks, bits, windows, payloads = zip(*map(_apart(length), packets), strict=True)
     advance = (acks[0] - una) & MASK
     if (
         octets > room
@@ -266,7 +279,7 @@ class Answers(NamedTuple):
 
 
 def read_answers(
-    packets: list[bytes], index: int, nxt: int, una: int, outstanding: int, overhead: int
+    packets: Sequence[bytes], index: int, nxt: int, una: int, outstanding: int, overhead: int
 ) -> Answers | None:
     """Read `packets[index:]` as far as they are one connection's acknowledgements with SACK blocks.
 

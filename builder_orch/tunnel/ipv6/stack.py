@@ -1,7 +1,7 @@
 """One IPv6 host: ports, demultiplexing, ICMPv6, and the events above them; a Machine by trains."""
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from hashlib import blake2s
 from heapq import heappop, heappush, heapreplace
 from ipaddress import IPv6Address
@@ -187,7 +187,7 @@ class Stack:
 
     # -- the machine
 
-    def receive(self, packets: list[bytes], now: float) -> None:
+    def receive(self, packets: Sequence[bytes], now: float) -> None:
         """Take packets in the order they came, best whole trains at a time."""
         find = self._connections.get
         index, end = 0, len(packets)

@@ -5,7 +5,7 @@ order of RFC 9293 §3.10.7. `Connection` adds the calls of the application and o
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from builder_orch.tunnel.ipv6.allowance import Allowance
 from builder_orch.tunnel.ipv6.bbr import Bbr
@@ -105,7 +105,7 @@ class ControlBlock(ABC):
 
     # -- what arrives
 
-    def receive_run(self, packets: list[bytes], index: int, now: float) -> int:
+    def receive_run(self, packets: Sequence[bytes], index: int, now: float) -> int:
         """Take `packets[index:]` as far as they are plain segments in order, all in one update.
 
         Returns the index of the first packet that is not; `receive` takes that.
@@ -138,7 +138,7 @@ class ControlBlock(ABC):
         return run.after
 
     def _receive_answers(
-        self, packets: list[bytes], index: int, outstanding: int, now: float
+        self, packets: Sequence[bytes], index: int, outstanding: int, now: float
     ) -> int:
         """The same for acknowledgements with SACK blocks, of which a reordered path has most."""
         sender, receiver = self.sender, self.receiver

@@ -5,7 +5,7 @@ Read `fire` first: it says what each timer means. The rules that set and stop ti
 """
 
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import NamedTuple
@@ -16,6 +16,7 @@ from builder_orch.tunnel.machine import (
     Datagrams,
     Endpoint,
     Entropy,
+    Laid,
     Malformed,
     Rejected,
     Train,
@@ -278,7 +279,7 @@ class Peer:
 
     def open(
         self, index: int, octets: memoryview, start: int, segment: int, source: Endpoint, now: float
-    ) -> tuple[list[bytes], int]:
+    ) -> tuple[Sequence[bytes], int]:
         """Open a run of datagrams as `Session.open` does. Rejected when `index` has no session."""
         session = self._slots.find(index)
         if session is None:
@@ -287,12 +288,13 @@ class Peer:
             raise Rejected("session expired")
         opened, end = session.open(octets, start, segment, self._common.drops)
         if opened:
-            self._has_heard(sum(map(len, opened)) + TRANSPORT_LEN * len(opened), source, now)
+            inner = len(opened.octets) if isinstance(opened, Laid) else sum(map(len, opened))
+            self._has_heard(inner + TRANSPORT_LEN * len(opened), source, now)
             if session is self._slots.next:
                 self._release(self._slots.confirmed())
                 self._has_established(session, source, now)
                 self._flush(now)
-            self._has_received(session, now, data=any(opened))
+            self._has_received(session, now, data=inner > 0)
         return opened, end
 
     # Time.

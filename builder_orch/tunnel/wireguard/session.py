@@ -6,7 +6,7 @@ because everything but the AEAD call itself can then be done once or in C: about
 """
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from itertools import repeat
 from struct import Struct
@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
-from builder_orch.tunnel.machine import Rejected, Train
+from builder_orch.tunnel.machine import Laid, Rejected, Train
 from builder_orch.tunnel.wireguard.message import HEADER_LEN, TAG_LEN, TRANSPORT, TRANSPORT_LEN
 from builder_orch.tunnel.wireguard.noise import Keys
 from builder_orch.tunnel.wireguard.replay import Window
@@ -63,30 +63,30 @@ def _nonces(counters: range) -> tuple[bytes, ...]:
 
 
 class Slate:
-    """Room that trains are sealed in, and the places of their datagrams; one thread's at a time.
+    """Room that trains are sealed and opened in, and their places there; one thread's at a time.
 
-    What is sealed is copied out of it: nobody can hold what the next train is written over.
+    What is made is copied out of it: nobody can hold what the next train is written over.
     """
 
     __slots__ = ("_places", "octets")
 
     def __init__(self) -> None:
         self.octets = bytearray()
-        self._places: dict[int, list[memoryview]] = {}
+        self._places: dict[tuple[int, int], list[memoryview]] = {}
 
-    def places(self, segment: int, count: int) -> list[memoryview]:
-        """Where the sealed packets of at least `count` datagrams go, headers left out."""
-        places = self._places.get(segment)
+    def places(self, step: int, count: int, *, skip: int = 0) -> list[memoryview]:
+        """At least `count` places, one each `step` octets, without the first `skip` of them."""
+        places = self._places.get((step, skip))
         if places is not None and len(places) >= count:
             return places
-        if len(self._places) >= PLACES or len(self.octets) < segment * count:
+        if len(self._places) >= PLACES or len(self.octets) < step * count:
             self._places.clear()
-        if len(self.octets) < segment * count:
-            self.octets = bytearray(segment * count)
+        if len(self.octets) < step * count:
+            self.octets = bytearray(step * count)
         view = memoryview(self.octets)
-        starts = range(0, segment * count, segment)
-        places = [view[start + HEADER_LEN : start + segment] for start in starts]
-        self._places[segment] = places
+        starts = range(0, step * count, step)
+        places = [view[start + skip : start + step] for start in starts]
+        self._places[step, skip] = places
         return places
 
 
@@ -106,6 +106,15 @@ class Aead(Protocol):
     ) -> bytes:
         """Plaintext, or InvalidTag."""
 
+    def decrypt_into(
+        self,
+        nonce: bytes,
+        data: bytes | memoryview,
+        associated_data: bytes | None,
+        buf: memoryview,
+    ) -> int:
+        """The same, written to `buf`, which has exactly that length."""
+
 
 class Session:
     """One direction's key to seal with, the other's to open with, and the counters of both.
@@ -116,8 +125,8 @@ class Session:
 
     __slots__ = (
         "_cipher",
-        "_decrypt",
         "_incoming",
+        "_opener",
         "_outgoing",
         "_slate",
         "_window",
@@ -138,7 +147,7 @@ class Session:
         slate: Slate | None = None,
     ) -> None:
         self._cipher = self.cipher(keys.send)
-        self._decrypt = self.cipher(keys.receive).decrypt
+        self._opener = self.cipher(keys.receive)
         self._slate = slate or Slate()
         self._outgoing = TRANSPORT | remote << 32
         self._incoming = TRANSPORT | local << 32
@@ -187,7 +196,7 @@ class Session:
         counters = range(counter, self.sent)
         names = [self._outgoing] * (2 * count)
         names[1::2] = counters
-        places = self._slate.places(segment, count)
+        places = self._slate.places(segment, count, skip=HEADER_LEN)
         octets, end = self._slate.octets, segment * count
         _heads(segment, count)(octets, 0, *names)
         if len(train[-1]) != len(train[0]):
@@ -198,17 +207,30 @@ class Session:
 
     def open(
         self, octets: memoryview, start: int, segment: int, drops: Counter[str]
-    ) -> tuple[list[bytes], int]:
+    ) -> tuple[Sequence[bytes], int]:
         """Open the datagrams from `start` on for as long as they name this session.
 
         Returns the padded packets that are authentic and new, keepalives as empty ones, and where
         the first datagram that is not of this session begins. The rest is counted in `drops`.
-        Costs about 0.2 us a packet above the AEAD, 0.5 where counters are not in order.
+        Costs about 0.1 us a packet above the AEAD, 0.5 where counters are not in order.
         """
-        decrypt, words, nonce, incoming = self._decrypt, _WORDS, _NONCE, self._incoming
-        opened, at = self._open_run(octets, start, segment, drops)
+        laid = self._open_run(octets, start, segment)
+        if laid is not None:
+            end = start + len(laid) * segment
+            if end > len(octets) - TRANSPORT_LEN:
+                return laid, end
+            opened, end = self._open_each(octets, end, segment, drops)
+            return [*laid, *opened], end
+        return self._open_each(octets, start, segment, drops)
+
+    def _open_each(
+        self, octets: memoryview, start: int, segment: int, drops: Counter[str]
+    ) -> tuple[list[bytes], int]:
+        """One at a time, whatever they are."""
+        decrypt, words, nonce, incoming = self._opener.decrypt, _WORDS, _NONCE, self._incoming
+        opened: list[bytes] = []
         add = opened.append
-        begin, expected, first = len(opened), 0, 0
+        at, begin, expected, first = start, 0, 0, 0
         while at <= len(octets) - TRANSPORT_LEN:
             named, counter = words(octets, at)
             if named != incoming:
@@ -228,27 +250,28 @@ class Session:
         self._settle(opened, begin, first, drops)
         return opened, at
 
-    def _open_run(
-        self, octets: memoryview, start: int, segment: int, drops: Counter[str]
-    ) -> tuple[list[bytes], int]:
-        """The case that nearly all are of, in C: whole datagrams of this session in order.
-
-        Returns nothing and `start` where it is another; then each is looked at by itself.
+    def _open_run(self, octets: memoryview, start: int, segment: int) -> Laid | None:
+        """The case that nearly all are of, in C: whole datagrams of this session in order, newer
+        than any before. None where it is another; then each is looked at by itself.
         """
         count = (len(octets) - start) // segment
-        if count < RUN or segment < TRANSPORT_LEN:
-            return [], start
+        if count < RUN or segment <= TRANSPORT_LEN:
+            return None
         parts = _apart(segment, count)(octets, start)
-        first = parts[1]
+        first, size = parts[1], segment - TRANSPORT_LEN
         counters = range(first, first + count)
         if parts[1::3] != tuple(counters) or parts[::3].count(self._incoming) != count:
-            return [], start
+            return None
+        slate = self._slate
+        places = slate.places(size, count)
+        open_into = self._opener.decrypt_into
         try:
-            opened = list(map(self._decrypt, _nonces(counters), parts[2::3], repeat(None)))
+            list(map(open_into, _nonces(counters), parts[2::3], repeat(None), places))
         except InvalidTag:
-            return [], start
-        self._settle(opened, 0, first, drops)
-        return opened, start + count * segment
+            return None
+        if not self._window.advance(first, count):
+            return None
+        return Laid(bytes(memoryview(slate.octets)[: size * count]), size)
 
     def _settle(self, opened: list[bytes], begin: int, first: int, drops: Counter[str]) -> None:
         """Ask the window about a run of consecutive counters; strike out what it refuses."""

@@ -1,5 +1,7 @@
 """TCP octets, one segment or a train at a time."""
 
+from collections.abc import Sequence
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,7 +22,7 @@ from builder_orch.tunnel.ipv6.segment import (
     sack_option,
 )
 from builder_orch.tunnel.ipv6.seq import MASK
-from builder_orch.tunnel.machine import Malformed
+from builder_orch.tunnel.machine import Laid, Malformed
 
 LOCAL, REMOTE = (bytes(15) + b"\x01", 50_000), (bytes(15) + b"\x02", 443)
 TEMPLATE = Template(LOCAL, REMOTE)
@@ -108,7 +110,7 @@ def data(seq: int, payload: bytes, *, ack: int = 500, flags: int = ACK, window: 
     return TEMPLATE.segment(seq, ack, flags, window, payload)
 
 
-def read(packets: list[bytes], *, outstanding: int = 100, room: int = 1000) -> Run | None:
+def read(packets: Sequence[bytes], *, outstanding: int = 100, room: int = 1000) -> Run | None:
     return read_run(packets, 0, 100, 500, outstanding, room)
 
 
@@ -166,6 +168,8 @@ def test_many_packets_at_once_are_read_as_they_are_one_by_one(
         payloads = expected.payloads + run.payloads
         expected = Run(expected.after + 1, payloads, octets, run.acked, run.window)
     assert read(packets) == (expected if expected.after else None)
+    full = packets[:40]
+    assert read(Laid(b"".join(full), len(full[0]))) == read(full)
 
 
 def answer(ack: int, *blocks: tuple[int, int], seq: int = 100, flags: int = ACK) -> bytes:

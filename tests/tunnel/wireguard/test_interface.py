@@ -22,6 +22,7 @@ from tests.tunnel.wireguard.lab import (
     RIGHT_HOST,
     RIGHT_NET,
     Duo,
+    cut,
     dice,
     packet,
     private_key,
@@ -89,6 +90,43 @@ def test_a_peer_may_only_send_from_its_own_networks() -> None:
     assert duo.right.drops == {"inner source not allowed": 5}
 
 
+FULL = packet(bytes(MTU - 40))
+STRANGE_BUT_GOOD = [
+    packet(b"padded"),
+    packet(bytes(MTU - 40), source=IPv6Address("fd00:1::2").packed),
+    FULL[:5] + b"\x00" + FULL[6:],
+]
+STRANGE = [
+    *STRANGE_BUT_GOOD,
+    packet(bytes(MTU - 40), source=IPv6Address("fd00:3::1").packed),
+    b"\x45" + FULL[1:],
+    FULL[:4] + b"\xff\xff" + FULL[6:],
+]
+
+
+@pytest.mark.parametrize("strange", STRANGE, ids=range(len(STRANGE)))
+@pytest.mark.parametrize("place", [1, 3, 7])
+def test_a_train_is_received_as_its_packets_are_one_by_one(strange: bytes, place: int) -> None:
+    train = [packet(bytes([number]) * (MTU - 40)) for number in range(8)]
+    train[place] = strange
+    got = []
+    for at_once in (True, False):
+        duo = Duo()
+        duo.connect()
+        duo.left.send(train, duo.now)
+        received: list[bytes] = []
+        for sent in duo.fetch(duo.left):
+            for octets in [bytes(sent.octets)] if at_once else cut(sent):
+                received += duo.right.receive(octets, sent.segment, LEFT_AT, duo.now)
+        got.append((received, duo.right.drops))
+    assert got[0] == got[1]
+    received, drops = got[0]
+    assert drops.total() == (strange not in STRANGE_BUT_GOOD)
+    if drops:
+        del train[place]
+    assert received == [each[: 40 + int.from_bytes(each[4:6])] for each in train]
+
+
 def test_a_more_specific_network_of_another_peer_silences_the_first() -> None:
     duo = Duo()
     duo.connect()
@@ -119,7 +157,7 @@ def hostile(duo: Duo, octets: bytes) -> list[bytes]:
     (data,) = evil.fetch(evil.left)
     got = evil.right.receive(data.octets, data.segment, LEFT_AT, evil.now)
     duo.right.drops.update(evil.right.drops)
-    return got
+    return list(got)
 
 
 HEADER = packet(bytes(60))[:40]

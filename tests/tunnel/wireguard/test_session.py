@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from builder_orch.tunnel.machine import Rejected, Train
 from builder_orch.tunnel.wireguard.message import HEADER_LEN, Initiation, Response
 from builder_orch.tunnel.wireguard.noise import Keys
-from builder_orch.tunnel.wireguard.session import OVERHEAD, Session, Slots
+from builder_orch.tunnel.wireguard.session import OVERHEAD, Session, Slate, Slots
 from builder_orch.tunnel.wireguard.timers import REJECT_AFTER_MESSAGES, REKEY_AFTER_MESSAGES
 from tests.tunnel.wireguard.lab import MTU
 from tests.tunnel.wireguard.test_handshake import capture, finish
@@ -27,7 +27,7 @@ def pair() -> tuple[Session, Session]:
 def opened(session: Session, octets: bytes, segment: int) -> tuple[list[bytes], int, Counter[str]]:
     drops: Counter[str] = Counter()
     packets, end = session.open(memoryview(octets), 0, segment, drops)
-    return packets, end, drops
+    return list(packets), end, drops
 
 
 def test_the_cipher_is_that_of_rfc_8439_section_2_8_2() -> None:
@@ -116,6 +116,35 @@ def test_a_train_is_opened_once() -> None:
     packets, _, drops = opened(receiver, octets, segment)
     assert packets == []
     assert drops == {"replayed": 5}
+
+
+def test_nothing_made_before_is_changed_by_what_follows() -> None:
+    """Both ends of two sessions write on one slate, trains of several sizes in turn."""
+    dice, slate = Random(4), Slate()
+    ends = [
+        (
+            Session(
+                Keys(key, OTHER, b""), local=7, remote=8, born=0.0, initiator=True, slate=slate
+            ),
+            Session(
+                Keys(OTHER, key, b""), local=8, remote=7, born=0.0, initiator=True, slate=slate
+            ),
+        )
+        for key in (ONE, OTHER)
+    ]
+    made = []
+    for number in range(60):
+        sender, receiver = ends[number % 2]
+        size, count = dice.choice([16, 64, 1420, 9000]) - dice.randrange(2), dice.randint(1, 70)
+        train = [dice.randbytes(size) for _ in range(count)]
+        octets, segment = sender.seal(train, 9000)
+        drops: Counter[str] = Counter()
+        packets, end = receiver.open(memoryview(octets), 0, segment, drops)
+        assert (end, drops) == (len(octets), Counter())
+        made.append((train, octets, bytes(bytearray(octets)), packets))
+    for train, octets, copy, packets in made:
+        assert octets == copy
+        assert [packet[: len(train[0])] for packet in packets] == train
 
 
 def test_every_order_of_arrival_gives_each_packet_once() -> None:

@@ -55,6 +55,15 @@ class Watched(Session):
             ) -> bytes:
                 return cipher.decrypt(nonce, data, associated)
 
+            def decrypt_into(
+                self,
+                nonce: bytes,
+                data: bytes | memoryview,
+                associated: bytes | None,
+                buf: memoryview,
+            ) -> int:
+                return cipher.decrypt_into(nonce, data, associated, buf)
+
         return Watch()
 
 
