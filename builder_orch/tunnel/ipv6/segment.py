@@ -168,13 +168,14 @@ class Run(NamedTuple):
 def read_run(
     packets: Sequence[bytes],
     index: int,
+    stop: int,
     nxt: int,
     una: int,
     outstanding: int,
     room: int,
     overhead: int = PACKET_OVERHEAD,
 ) -> Run | None:
-    """Read `packets[index:]` as far as they continue one connection's stream without surprises.
+    """Read `packets[index:stop]` as far as they continue one connection's stream without surprises.
 
     They share one IPv6 header and their ports, carry ACK or ACK and PSH, have the same options in
     the `overhead` of their headers, continue at `nxt` within `room` octets and acknowledge ever
@@ -188,13 +189,13 @@ def read_run(
     length = size - overhead
     nxt &= MASK
     una &= MASK
-    if length and overhead == PACKET_OVERHEAD and len(packets) - index >= FULL_RUN:
-        full = _read_full(packets, index, nxt, una, outstanding, room)
+    if length and overhead == PACKET_OVERHEAD and stop - index >= FULL_RUN:
+        full = _read_full(packets, index, stop, nxt, una, outstanding, room)
         if full is not None:
             return full
     payloads: list[bytes] = []
     acked = octets = window = 0
-    begun, count = index, len(packets)
+    begun = index
     plain = overhead - header.HEADER_LEN << 10 | ACK
     options = packet[PACKET_OVERHEAD:overhead]
     while True:
@@ -212,7 +213,7 @@ def read_run(
             break  # a duplicate or a window update
         acked, window = advance, offered
         index += 1
-        if index == count:
+        if index == stop:
             break
         packet = packets[index]
         if packet[4:44] != head or len(packet) != size:
@@ -230,21 +231,27 @@ def _is_whole(packet: bytes, overhead: int) -> bool:
 
 
 def _read_full(
-    packets: Sequence[bytes], index: int, nxt: int, una: int, outstanding: int, room: int
+    packets: Sequence[bytes],
+    index: int,
+    stop: int,
+    nxt: int,
+    una: int,
+    outstanding: int,
+    room: int,
 ) -> Run | None:
-    """The case that nearly all of a download is, in C: full packets up to the end, one number
+    """The case that nearly all of a download is, in C: full packets up to `stop`, one number
     acknowledged by all; None where it is another.
 
     The first has been looked at. Two thirds of what the loop costs: 0.3 us a packet, and less where
     they are laid end to end.
     """
-    count = len(packets) - index
+    count = stop - index
     if isinstance(packets, Laid):
         length = packets.size - PACKET_OVERHEAD
         parts = _all_apart(length, count)(packets.octets, index * packets.size)
         heads, seqs, acks, bits, windows, payloads = (parts[column::6] for column in range(6))
     else:
-        packets = packets[index:]
+        packets = packets[index:stop]
         size = len(packets[0])
         length = size - PACKET_OVERHEAD
         if packets[-1][4:44] != packets[0][4:44] or list(map(len, packets)).count(size) != count:
@@ -279,9 +286,16 @@ class Answers(NamedTuple):
 
 
 def read_answers(
-    packets: Sequence[bytes], index: int, nxt: int, una: int, outstanding: int, overhead: int
+    packets: Sequence[bytes],
+    index: int,
+    stop: int,
+    nxt: int,
+    una: int,
+    outstanding: int,
+    overhead: int,
 ) -> Answers | None:
-    """Read `packets[index:]` as far as they are one connection's acknowledgements with SACK blocks.
+    """Read `packets[index:stop]` as far as they are acknowledgements of one connection with SACK
+    blocks.
 
     Several that were there at once are as good as the last of them with all that they selected: a
     peer might have sent that alone. They carry ACK and nothing else at `nxt`, acknowledge no less
@@ -293,8 +307,8 @@ def read_answers(
     una &= MASK
     selected: dict[int, int] = {}
     acked = window = 0
-    begun, count = index, len(packets)
-    while index < count:
+    begun = index
+    while index < stop:
         packet = packets[index]
         size = len(packet)
         blocks_len = size - overhead - 4

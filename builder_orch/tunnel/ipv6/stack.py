@@ -30,7 +30,7 @@ from builder_orch.tunnel.ipv6.segment import ACK, RST, SYN, Segment, Template
 from builder_orch.tunnel.ipv6.seq import MASK
 from builder_orch.tunnel.ipv6.state import End, Notice, State
 from builder_orch.tunnel.ipv6.timewait import TimeWaits
-from builder_orch.tunnel.ipv6.train import couple
+from builder_orch.tunnel.ipv6.train import couple, streams
 from builder_orch.tunnel.machine import Address, Entropy, Malformed, Rejected, Train
 
 FIRST_EPHEMERAL, LAST_EPHEMERAL = 32_768, 65_535
@@ -45,6 +45,8 @@ ANSWERS_PER_SECOND = 200
 """Resets and ICMPv6 errors that strangers may make us send (RFC 4443 §2.4 f)."""
 CLOCK_TICKS = 250_000
 """The clock of initial sequence numbers: 4 us (RFC 6528 §3)."""
+
+_TCP = bytes([header.TCP])
 
 
 def always(remote: bytes) -> bool:  # noqa: ARG001
@@ -190,23 +192,23 @@ class Stack:
     def receive(self, packets: Sequence[bytes], now: float) -> None:
         """Take packets in the order they came, best whole trains at a time."""
         find = self._connections.get
-        index, end = 0, len(packets)
-        while index < end:
-            packet = packets[index]
-            connection = find(packet[8:44])
-            if connection is not None and packet[6] == header.TCP:
-                self._dirty[connection] = None
-                after = connection.receive_run(packets, index, now)
-                if after > index:
-                    index = after
-                    continue
-            index += 1
-            try:
-                self._receive_one(packet, now)
-            except Malformed as error:
-                self.drops[f"malformed: {error}"] += 1
-            except Rejected as error:
-                self.drops[f"rejected: {error}"] += 1
+        for name, start, stop in streams(packets):
+            index = start
+            while index < stop:
+                connection = find(name[2:]) if name[:1] == _TCP else None
+                if connection is not None:
+                    self._dirty[connection] = None
+                    after = connection.receive_run(packets, index, stop, now)
+                    if after > index:
+                        index = after
+                        continue
+                try:
+                    self._receive_one(packets[index], now)
+                except Malformed as error:
+                    self.drops[f"malformed: {error}"] += 1
+                except Rejected as error:
+                    self.drops[f"rejected: {error}"] += 1
+                index += 1
 
     def transmit(self, now: float) -> list[Train]:
         """Everything that may go now."""

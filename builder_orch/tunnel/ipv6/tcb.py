@@ -105,8 +105,9 @@ class ControlBlock(ABC):
 
     # -- what arrives
 
-    def receive_run(self, packets: Sequence[bytes], index: int, now: float) -> int:
-        """Take `packets[index:]` as far as they are plain segments in order, all in one update.
+    def receive_run(self, packets: Sequence[bytes], index: int, stop: int, now: float) -> int:
+        """Take `packets[index:stop]`, which are of this connection, as far as they are plain
+        segments in order, all in one update.
 
         Returns the index of the first packet that is not; `receive` takes that.
         """
@@ -117,9 +118,9 @@ class ControlBlock(ABC):
         reads = self.state in READING and receiver.in_order and not self._released
         room = receiver.edge - receiver.nxt if reads else 0
         outstanding = sender.nxt - sender.una
-        run = read_run(packets, index, receiver.nxt, sender.una, outstanding, room, overhead)
+        run = read_run(packets, index, stop, receiver.nxt, sender.una, outstanding, room, overhead)
         if run is None:
-            return self._receive_answers(packets, index, outstanding, now)
+            return self._receive_answers(packets, index, stop, outstanding, now)
         self._note_heard(packets[index], now)
         if run.octets:
             was_empty = not receiver.readable
@@ -138,7 +139,7 @@ class ControlBlock(ABC):
         return run.after
 
     def _receive_answers(
-        self, packets: Sequence[bytes], index: int, outstanding: int, now: float
+        self, packets: Sequence[bytes], index: int, stop: int, outstanding: int, now: float
     ) -> int:
         """The same for acknowledgements with SACK blocks, of which a reordered path has most."""
         sender, receiver = self.sender, self.receiver
@@ -146,7 +147,7 @@ class ControlBlock(ABC):
             return index
         overhead = self.template.overhead
         una = sender.una
-        answers = read_answers(packets, index, receiver.nxt, una, outstanding, overhead)
+        answers = read_answers(packets, index, stop, receiver.nxt, una, outstanding, overhead)
         if answers is None:
             return index
         self._note_heard(packets[index], now)

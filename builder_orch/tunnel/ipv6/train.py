@@ -1,6 +1,11 @@
-"""Cutting packets into trains as `machine.py` wants them."""
+"""Cutting packets into trains as `machine.py` wants them, and trains into what is one stream's."""
 
-from builder_orch.tunnel.machine import TRAIN_PACKETS, Train
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
+from itertools import groupby
+from struct import Struct
+
+from builder_orch.tunnel.machine import TRAIN_PACKETS, Laid, Train
 
 TRAIN_OCTETS = 65_535 - 8 - 40
 """What one UDP send may carry: 65 535 less the UDP header and an IPv6 header outside."""
@@ -37,3 +42,28 @@ def couple(trains: list[Train], packets: list[bytes]) -> None:
     while at < len(packets):
         trains.append(packets[at : at + limit])
         at += limit
+
+
+def streams(packets: Sequence[bytes]) -> Iterator[tuple[bytes, int, int]]:
+    """Where one stream's packets begin and end among those that came together.
+
+    For each run: octets 6 to 44 of its packets (protocol, hop limit, addresses and ports, or as
+    much of it as there is), the index of its first, and the index behind its last.
+    """
+    if isinstance(packets, Laid) and packets.size >= _NAMED:
+        names: Sequence[bytes] = _names(packets.size, len(packets))(packets.octets)
+    else:
+        names = [packet[6:_NAMED] for packet in packets]
+    start = 0
+    for name, run in groupby(names):
+        stop = start + len(list(run))
+        yield name, start, stop
+        start = stop
+
+
+_NAMED = 44
+
+
+@lru_cache(maxsize=256)
+def _names(size: int, count: int) -> Callable[[bytes], tuple[bytes, ...]]:
+    return Struct(f"6x{_NAMED - 6}s{size - _NAMED}x" * count).unpack

@@ -111,7 +111,7 @@ def data(seq: int, payload: bytes, *, ack: int = 500, flags: int = ACK, window: 
 
 
 def read(packets: Sequence[bytes], *, outstanding: int = 100, room: int = 1000) -> Run | None:
-    return read_run(packets, 0, 100, 500, outstanding, room)
+    return read_run(packets, 0, len(packets), 100, 500, outstanding, room)
 
 
 def test_a_run_ends_where_something_new_begins() -> None:
@@ -145,7 +145,7 @@ def test_pure_acknowledgements_run_together_while_they_grow() -> None:
 
 def test_a_run_goes_over_the_border_of_the_circle() -> None:
     packets = [data(MASK - 1, b"aaaa", ack=1), data(2, b"bbbb", ack=3)]
-    run = read_run(packets, 0, MASK - 1, MASK, 100, 1000)
+    run = read_run(packets, 0, 2, MASK - 1, MASK, 100, 1000)
     assert run == Run(2, [b"aaaa", b"bbbb"], 8, 4, 9)
 
 
@@ -160,7 +160,7 @@ def test_many_packets_at_once_are_read_as_they_are_one_by_one(
         packets[index] = packets[index][:at] + bytes([octet]) + packets[index][at + 1 :]
     expected = Run(0, [], 0, 0, 0)
     for packet in packets:
-        run = read_run([packet], 0, 100 + expected.octets, 500, 100, 1000 - expected.octets)
+        run = read_run([packet], 0, 1, 100 + expected.octets, 500, 100, 1000 - expected.octets)
         goes_on = run is not None and packet[4:44] == packets[0][4:44]
         if run is None or not goes_on or run.acked < expected.acked:
             break
@@ -177,7 +177,7 @@ def answer(ack: int, *blocks: tuple[int, int], seq: int = 100, flags: int = ACK)
 
 
 def answers(packets: list[bytes]) -> Answers | None:
-    return read_answers(packets, 0, 100, 500, 100, segment.PACKET_OVERHEAD)
+    return read_answers(packets, 0, len(packets), 100, 500, 100, segment.PACKET_OVERHEAD)
 
 
 def test_answers_that_were_there_at_once_are_read_as_one() -> None:
@@ -218,7 +218,7 @@ def test_answers_end_where_something_new_begins() -> None:
 
 def test_answers_go_over_the_border_of_the_circle() -> None:
     packets = [answer(MASK, (3, 9)), answer(1, (3, 12))]
-    assert read_answers(packets, 0, 100, MASK - 1, 50, 60) == Answers(2, 3, 9, ((5, 14),))
+    assert read_answers(packets, 0, 2, 100, MASK - 1, 50, 60) == Answers(2, 3, 9, ((5, 14),))
 
 
 BLOCKS = st.lists(st.tuples(st.integers(0, 60), st.integers(0, 60)), min_size=1, max_size=4)
