@@ -401,8 +401,9 @@ class Tunnel:
 
     def _take_arrived(self, now: float) -> None:
         """Acknowledgements come one by one, and what they cost is mostly the same for several."""
-        packets, self._arrived = self._arrived, []
-        self._stack.receive(packets, now)
+        if self._arrived:
+            packets, self._arrived = self._arrived, []
+            self._stack.receive(packets, now)
 
     def _events(self, now: float) -> list[Event]:
         self._take_arrived(now)

@@ -185,6 +185,8 @@ class Splice:
                 self._untaken = octets[taken:]
                 self._listen(reading=False)
                 break
+            if len(octets) < CHUNK:
+                break  # that was all; if more comes, the loop tells
         self._close_if_done()
         self._pump()
 
