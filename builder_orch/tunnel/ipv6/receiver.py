@@ -123,9 +123,7 @@ class Receiver:
             self.ack_now = True  # a keep-alive may ask with the number that its FIN has (§3.8.4)
         before = self.received
         if payload and seq > self.nxt:
-            if not self._assembler.insert(seq, payload):
-                self._duplicate = (seq, seq + len(payload))
-            self.ack_now = True
+            self.keep(seq, payload)
         elif payload:
             was_whole = not self._assembler
             self.extend([payload], len(payload), now)
@@ -136,6 +134,12 @@ class Receiver:
         if fin and not self.finished:
             self.ack_now = True  # it came behind a hole (RFC 5681 §4.2)
         return self.received > before
+
+    def keep(self, seq: int, payload: bytes) -> None:
+        """Put aside what came ahead of a hole, inside the window."""
+        if not self._assembler.insert(seq, payload):
+            self._duplicate = (seq, seq + len(payload))
+        self.ack_now = True
 
     def read(self, limit: int) -> bytes:
         """Up to `limit` octets."""

@@ -120,6 +120,9 @@ class ControlBlock(ABC):
         outstanding = sender.nxt - sender.una
         run = read_run(packets, index, stop, receiver.nxt, sender.una, outstanding, room, overhead)
         if run is None:
+            after = self._receive_ahead(packets, index, stop, outstanding, now)
+            if after > index:
+                return after
             return self._receive_answers(packets, index, stop, outstanding, now)
         self._note_heard(packets[index], now)
         if run.octets:
@@ -134,6 +137,33 @@ class ControlBlock(ABC):
         if edge != sender.edge:
             sender.window_is(edge, window)
         if run.acked or edge == ack:
+            sender.acknowledge(ack, (), now)
+            self._after_acknowledgement()
+        return run.after
+
+    def _receive_ahead(
+        self, packets: Sequence[bytes], index: int, stop: int, outstanding: int, now: float
+    ) -> int:
+        """The same for data behind a hole: all that comes for a round trip after a loss."""
+        sender, receiver = self.sender, self.receiver
+        if self.state not in READING or self._released or receiver.fin_at is not None:
+            return index
+        seq = unwrap(int.from_bytes(packets[index][44:48], "big"), receiver.nxt)
+        room, overhead = receiver.edge - seq, self.template.overhead
+        if seq <= receiver.nxt or room <= 0:
+            return index
+        run = read_run(packets, index, stop, seq, sender.una, outstanding, room, overhead)
+        if run is None or not run.octets:
+            return index
+        self._keepalive.heard(now)
+        self._confirm_at = None
+        receiver.keep(seq, b"".join(run.payloads))
+        ack, window = sender.una + run.acked, run.window << self._scale
+        update = seq + run.octets - len(run.payloads[-1]), ack
+        if update >= self._update:
+            self._update = update
+            sender.window_is(ack + window, window)
+        if run.acked:
             sender.acknowledge(ack, (), now)
             self._after_acknowledgement()
         return run.after

@@ -44,36 +44,15 @@ class Script:
         return segments
 
     def send(
-        self,
-        flags: int,
-        seq: int,
-        ack: int = 0,
-        payload: bytes = b"",
-        *,
-        window: int = 0xFFFF,
-        options: bytes = b"",
-        blocks: Blocks = (),
+        self, flags: int, seq: int, ack: int = 0, payload: bytes = b"", **how: Any
     ) -> list[Segment]:
-        """One segment from the peer, and what the stack answers."""
-        self.inject(flags, seq, ack, payload, window=window, options=options, blocks=blocks)
+        """One segment from the peer, as `packet` makes it, and what the stack answers."""
+        self.inject(flags, seq, ack, payload, **how)
         return self.out()
 
-    def inject(
-        self,
-        flags: int,
-        seq: int,
-        ack: int = 0,
-        payload: bytes = b"",
-        *,
-        window: int = 0xFFFF,
-        options: bytes = b"",
-        blocks: Blocks = (),
-    ) -> None:
+    def inject(self, flags: int, seq: int, ack: int = 0, payload: bytes = b"", **how: Any) -> None:
         """One segment from the peer."""
-        packets = self.packet(
-            flags, seq, ack, payload, window=window, options=options, blocks=blocks
-        )
-        self.stack.receive(packets, self.now)
+        self.stack.receive(self.packet(flags, seq, ack, payload, **how), self.now)
 
     def packet(
         self,

@@ -3,11 +3,14 @@
 from random import Random
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from builder_orch.tunnel.ipv6 import segment
 from builder_orch.tunnel.ipv6.connection import CHALLENGES_PER_SECOND
 from builder_orch.tunnel.ipv6.segment import ACK, FIN, PSH, RST, SYN
 from builder_orch.tunnel.ipv6.state import End, State
+from builder_orch.tunnel.machine import Laid
 from tests.tunnel.ipv6.script import Script, ended, is_in, opened
 from tests.tunnel.ipv6.world import PORT, RIGHT
 
@@ -350,3 +353,44 @@ def test_with_keepalive_silence_while_data_is_outstanding_ends_it_as_soon() -> N
     assert ended(connection, None)
     script.wait(2)
     assert ended(connection, End.TIMED_OUT)
+
+
+@pytest.mark.parametrize("laid", [True, False])
+@settings(max_examples=200, deadline=None)
+@given(st.integers(0, 2**32))
+def test_what_comes_at_once_is_taken_as_if_it_came_one_by_one(laid: bool, seed: int) -> None:
+    """Data with holes, in any order, some of it twice, with acknowledgements and windows."""
+    size, count = 20, 24
+    octets = Random(seed).randbytes(size * count)
+    seen = []
+    for at_once in (True, False):
+        dice = Random(seed)
+        script, connection = opened()
+        connection.write(bytes(3000))
+        script.out()
+        order = sorted(range(count), key=lambda n: n + dice.choice([0, 0, 0, dice.uniform(0, 9)]))
+        order = [n for n in order if dice.random() < 0.9]
+        order += dice.sample(order, 2)
+        ack, packets = 1, list[bytes]()
+        for number in order:
+            ack += dice.choice([0, 0, 0, 100])
+            at = number * size
+            window = dice.choice([0xFFFF, 0xFF00])
+            packets += script.packet(ACK, at + 1, ack, octets[at : at + size], window=window)
+        while packets:
+            many = dice.randint(1, 12)
+            batch, packets = packets[:many], packets[many:]
+            if at_once:
+                whole = Laid(b"".join(batch), len(batch[0])) if laid else batch
+                script.stack.receive(whole, script.now)
+            else:
+                for packet in batch:
+                    script.stack.receive([packet], script.now)
+            script.out()
+        receiver, sender = connection.receiver, connection.sender
+        got = connection.read(1 << 20)
+        assert got == octets[: len(got)]
+        missing = sorted(set(range(count)) - set(order))
+        assert len(got) == (missing[0] if missing else count) * size
+        seen.append((got, receiver.nxt, sorted(receiver.blocks()), sender.una, sender.edge))
+    assert seen[0] == seen[1]
