@@ -28,6 +28,8 @@ MAY_BE_CUT = {
 }
 """IP_MTU_DISCOVER and IPV6_MTU_DISCOVER with IP_PMTUDISC_DONT (ip(7), ipv6(7))."""
 SOCKET_BUFFER = 4 << 20
+SO_SNDBUFFORCE, SO_RCVBUFFORCE = 32, 33
+"""socket(7): for whoever may have more than net.core.wmem_max and rmem_max, 208 KiB as a rule."""
 LARGEST_RECEIVE = 1 << 16
 RECEIVE_BUFFER = 2 * LARGEST_RECEIVE
 RECEIVES_PER_WAKEUP = 64
@@ -187,8 +189,14 @@ class UdpCarrier:
 
     def _take(self, sock: socket.socket) -> None:
         sock.setblocking(False)
-        for option in (socket.SO_RCVBUF, socket.SO_SNDBUF):
+        for option, force in (
+            (socket.SO_RCVBUF, SO_RCVBUFFORCE),
+            (socket.SO_SNDBUF, SO_SNDBUFFORCE),
+        ):
             sock.setsockopt(socket.SOL_SOCKET, option, SOCKET_BUFFER)
+            if sys.platform == "linux":
+                with suppress(PermissionError):
+                    sock.setsockopt(socket.SOL_SOCKET, force, SOCKET_BUFFER)
         if sys.platform == "linux" and sock.family in MAY_BE_CUT:
             # By default a lone datagram must not be cut to pieces on its way, where a train's may:
             # one that is too big would be lost each time where nobody tells. As the kernel's own

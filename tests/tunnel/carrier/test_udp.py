@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from builder_orch.tunnel.carrier.udp import UdpCarrier
+from builder_orch.tunnel.carrier.udp import SO_RCVBUFFORCE, SOCKET_BUFFER, UdpCarrier
 from builder_orch.tunnel.machine import Datagrams
 from tests.tunnel.carrier.gate import Received
 
@@ -53,6 +53,23 @@ def test_a_lone_datagram_may_be_cut_on_its_way(host: str, level: int, option: in
         assert sock.getsockopt(level, option) == 0
     finally:
         carrier.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the option is Linux's")
+def test_buffers_are_as_large_as_this_user_may_have_them() -> None:
+    """Who may administer the network may have more than net.core.rmem_max."""
+    plain = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    carrier = UdpCarrier(sock := socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+    try:
+        try:
+            plain.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, SOCKET_BUFFER)
+        except PermissionError:
+            plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SOCKET_BUFFER)
+        allowed = plain.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
+        assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) == allowed
+    finally:
+        carrier.close()
+        plain.close()
 
 
 async def test_a_full_buffer_delays_but_loses_nothing_that_was_queued() -> None:
