@@ -185,8 +185,10 @@ async def splice(near: socket.socket, far: socket.socket) -> None:
         for task in pouring:
             task.cancel()
         await asyncio.gather(*pouring, return_exceptions=True)
-        for writer in (near_writer, far_writer):
-            writer.transport.abort()
+        for sock, writer in ((near, near_writer), (far, far_writer)):
+            # One that was closed with something left to send cannot be aborted when that is sent.
+            if sock.fileno() >= 0:
+                writer.transport.abort()
 
 
 async def _pour(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

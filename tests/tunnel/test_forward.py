@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from builder_orch.tunnel.forward import Dialled, forward_port, forward_unix
+from builder_orch.tunnel.forward import Dialled, forward_port, forward_unix, splice
 
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
@@ -216,3 +216,42 @@ async def test_a_port_that_is_taken_is_an_error(far: FarEnd) -> None:
     with pytest.raises(OSError, match="in use"):
         async with forward_port(Dialled(far.dial), "fd::1", 7, local_port=far.port):
             raise AssertionError
+
+
+def narrow_pair() -> tuple[socket.socket, socket.socket]:
+    """Two joined TCP sockets that hold next to nothing on their way."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        caller = socket.create_connection(listener.getsockname())
+        called, _ = listener.accept()
+    caller.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    return caller, called
+
+
+async def test_what_was_not_taken_when_both_had_ended_still_is() -> None:
+    """The last octets wait in our own buffer then, and go when the far end listens again."""
+    loop = asyncio.get_running_loop()
+    near, theirs = narrow_pair()
+    ours, far_end = narrow_pair()
+    asked = os.urandom(50_000)
+    for sock in (theirs, far_end):
+        sock.setblocking(False)
+    splicing = asyncio.create_task(splice(near, ours))
+    try:
+        far_end.shutdown(socket.SHUT_WR)
+        sending = asyncio.create_task(loop.sock_sendall(theirs, asked))
+        assert await loop.sock_recv(theirs, 1) == b""
+        await sending
+        theirs.shutdown(socket.SHUT_WR)
+        for _ in range(100):  # both ends are heard, and both sides about to be closed
+            await asyncio.sleep(0)
+        assert near.fileno() < 0
+        heard = b""
+        while octets := await loop.sock_recv(far_end, 1 << 16):
+            heard += octets
+        await splicing
+        assert heard == asked
+    finally:
+        splicing.cancel()
+        theirs.close()
+        far_end.close()
