@@ -185,7 +185,7 @@ class Link(asyncio.Protocol):
     def abort(self, reason: str) -> None:
         """End the connection now."""
         self._reason = self._reason or reason
-        if self._transport is not None:
+        if self._transport is not None and not self._gone:
             self._transport.abort()
 
 
