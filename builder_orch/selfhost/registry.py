@@ -10,6 +10,7 @@ import json
 import os
 import re
 import secrets
+import shutil
 import socket
 from base64 import b64decode
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -47,6 +48,9 @@ CHALLENGE: Final = 'Basic realm="fly-build registry"'
 ANSWER_OCTETS: Final = 64 << 10
 PIECE_OCTETS: Final = 256 << 10
 SILENCE_S: Final = 300.0
+LEAST_ROOM: Final = 1 << 20
+"""Octets on the registry's disk below which it may have lost what it took: it answers that it has
+small pieces of an upload before they are written, and then does not know of them (404)."""
 HOP_BY_HOP: Final = frozenset(
     {
         "authorization",
@@ -174,9 +178,15 @@ class Door:
     """
 
     def __init__(
-        self, path: Path, authorize: Authorize, report: Report, ensure: Ensure | None = None
+        self,
+        path: Path,
+        authorize: Authorize,
+        report: Report,
+        ensure: Ensure | None = None,
+        room: Callable[[], int] = lambda: LEAST_ROOM,
     ) -> None:
         self._path = path
+        self._room = room
         self._authorize = authorize
         self._report = report
         self._ensure = ensure
@@ -256,6 +266,8 @@ class Door:
             ) as answer:
                 if answer.status >= 500:
                     return await self._fault(answer)
+                if answer.status == 404 and request.method == "PUT" and self._room() < LEAST_ROOM:
+                    return self._full()
                 return await _pass_back(request, answer)
         except (aiohttp.ClientError, TimeoutError) as error:
             if request.transport is None or request.transport.is_closing():
@@ -277,15 +289,16 @@ class Door:
     async def _fault(self, answer: aiohttp.ClientResponse) -> web.StreamResponse:
         text = (await answer.content.read(ANSWER_OCTETS)).decode(errors="replace")
         if "no space left on device" in text or '"Err":28' in text:
-            self._report("the registry's disk is full")
-            # Not a 5xx: engines repeat those for a minute and then hide the text.
-            return failure(
-                413, "UNSUPPORTED", "no space left on device: the registry's disk is full"
-            )
+            return self._full()
         self._report(f"the registry failed ({answer.status}): {text[:500]}")
         return web.Response(
             status=answer.status, text=text, content_type=answer.content_type, charset="utf-8"
         )
+
+    def _full(self) -> web.Response:
+        self._report("the registry's disk is full")
+        # Not a 5xx: engines repeat those for a minute and then hide the text.
+        return failure(413, "UNSUPPORTED", "no space left on device: the registry's disk is full")
 
 
 def _passed_headers(headers: CIMultiDictProxy[str]) -> CIMultiDict[str]:
@@ -407,7 +420,13 @@ class Registry:
         data = private_directory(folder / "registry")
         secret = _kept(folder / "registry.secret", secrets.token_hex(32))
         _write(config, json.dumps(configuration(path, data, secret), indent=2))
-        door = Door(path, self._authorize, self._report, ensure=self._ensure)
+        door = Door(
+            path,
+            self._authorize,
+            self._report,
+            ensure=self._ensure,
+            room=lambda: shutil.disk_usage(data).free,
+        )
         self._door = await stack.enter_async_context(door)
         self._program = Program(
             "docker-registry",

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from builder_orch.errors import EngineMissing, PortInUse
 from builder_orch.selfhost.registry import (
+    LEAST_ROOM,
     PORTS,
     Action,
     Door,
@@ -42,7 +43,7 @@ def authorize(password: str, repository: str, action: Action) -> bool:
 
 @asynccontextmanager
 async def door_to(
-    answer: Answer, folder: Path, said: list[str] | None = None
+    answer: Answer, folder: Path, said: list[str] | None = None, room: int = LEAST_ROOM
 ) -> AsyncGenerator[aiohttp.ClientSession]:
     """A client of a door, behind which a function answers."""
     application = web.Application(client_max_size=1 << 30)
@@ -54,7 +55,9 @@ async def door_to(
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
     report = (said if said is not None else []).append
     try:
-        async with Door(folder / "below.sock", authorize=authorize, report=report) as door:
+        async with Door(
+            folder / "below.sock", authorize=authorize, report=report, room=lambda: room
+        ) as door:
             runner = serving(door)
             await runner.setup()
             await web.SockSite(runner, listener).start()
@@ -335,6 +338,28 @@ async def test_a_full_disk_is_told_in_a_way_that_engines_show(home: Path) -> Non
         assert 400 <= answer.status < 500
         assert "no space left on device" in (await answer.json())["errors"][0]["message"]
     assert said == ["the registry's disk is full"]
+
+
+@pytest.mark.parametrize("room", [LEAST_ROOM - 1, LEAST_ROOM])
+async def test_an_upload_that_a_full_disk_swallowed_is_not_begun_again(
+    home: Path, room: int
+) -> None:
+    """docker-registry takes a small layer, cannot write it, and then knows nothing of it."""
+    said: list[str] = []
+
+    async def forgetful(request: web.Request) -> web.StreamResponse:
+        error = {"code": "BLOB_UPLOAD_INVALID", "message": "blob upload invalid"}
+        return web.json_response({"errors": [error]}, status=404)
+
+    async with door_to(forgetful, home, said, room) as client:
+        async with client.put("/v2/web/blobs/uploads/1", headers=GOOD, data=b"") as answer:
+            told = (await answer.json())["errors"][0]["message"]
+            assert (answer.status, "no space left" in told) == (
+                (413, True) if room < LEAST_ROOM else (404, False)
+            )
+        async with client.get("/v2/web/blobs/uploads/1", headers=GOOD) as answer:
+            assert answer.status == 404
+    assert said == ["the registry's disk is full"] * (room < LEAST_ROOM)
 
 
 async def test_a_registry_that_is_down_or_fails_is_reported(home: Path) -> None:

@@ -1,15 +1,19 @@
 """The registry with a real engine in front of it: who may push, and what a full disk looks like."""
 
+import hashlib
 import json
 import os
 import signal
+import socket
 import subprocess
 from base64 import urlsafe_b64encode
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
+import aiohttp
 import pytest
+from yarl import URL
 
 from builder_orch.errors import PortInUse
 from builder_orch.selfhost.engine import Engine, EngineRefused
@@ -39,6 +43,8 @@ GRANTS = {
     ("good", "hello", Action.PULL),
     ("reader", "hello", Action.PULL),
 }
+
+GOOD = {"Authorization": aiohttp.encode_basic_auth("x", "good")}
 
 
 def authorize(password: str, repository: str, action: Action) -> bool:
@@ -145,3 +151,31 @@ async def test_a_full_disk_is_named_and_not_retried_for_a_minute(
         assert "Retrying" not in said
         (small_disk / "filler").unlink()
         assert digest_in(await push(engine, repository, "1", "good"))
+
+
+async def test_a_small_layer_that_a_full_disk_swallowed_is_told_of(
+    home: Path, small_disk: Path
+) -> None:
+    """The registry's program says that it has it, and later that it never heard of it."""
+    layer = b"small" * 30
+
+    async def here(port: int) -> socket.socket:
+        return socket.create_server(("127.0.0.1", port))
+
+    async with (
+        Registry(home, listen=here, authorize=authorize, report=print) as registry,
+        aiohttp.ClientSession(f"http://{registry.address}", headers=GOOD) as client,
+    ):
+        async with client.post("/v2/hello/blobs/uploads/") as answer:
+            assert answer.status == 202
+            place = URL(answer.headers["Location"], encoded=True)
+        with (small_disk / "filler").open("wb", buffering=0) as filler, suppress(OSError):
+            while filler.write(bytes(4096)):
+                pass
+        async with client.patch(place, data=layer) as answer:
+            assert answer.status == 202
+            place = URL(answer.headers["Location"], encoded=True)
+        digest = f"sha256:{hashlib.sha256(layer).hexdigest()}"
+        async with client.put(place.extend_query(digest=digest)) as answer:
+            assert answer.status == 413
+            assert "no space left on device" in await answer.text()
