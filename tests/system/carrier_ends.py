@@ -13,6 +13,7 @@ import socket
 import sys
 import time
 from base64 import b64decode, b64encode
+from collections import deque
 from ipaddress import IPv6Address, IPv6Network
 from pathlib import Path
 
@@ -80,22 +81,35 @@ async def upload(tunnel: Tunnel, stopped: asyncio.Event) -> None:
     """Send blocks until told to stop; say what carries them whenever that changes."""
     sock = await tunnel.dial(str(SINK), 7, timeout_s=60)
     reader, writer = await asyncio.open_connection(sock=sock)
-    digest, blocks, stall_s, said = hashlib.sha256(), 0, 0.0, Route("", "", "")
-    while not stopped.is_set():
-        block = hashlib.shake_128(str(blocks).encode()).digest(BLOCK)
-        digest.update(block)
+    digest, waiting = hashlib.sha256(), deque[float]()
+    blocks, stall_s, said = 0, 0.0, Route("", "", "")
+
+    async def pour() -> None:
+        # Not one by one: where all that was sent has been acknowledged and only the answer to it
+        # gets lost, nobody at this end has a reason to think so.
+        number = 0
+        while not stopped.is_set():
+            block = hashlib.shake_128(str(number).encode()).digest(BLOCK)
+            digest.update(block)
+            number += 1
+            waiting.append(time.monotonic())
+            writer.write(block)
+            await writer.drain()
+            await asyncio.sleep(PACE_S)
+        writer.write_eof()
+
+    pouring = asyncio.create_task(pour())
+    answer = await reader.readexactly(1)
+    while waiting:
         blocks += 1
-        began = time.monotonic()
-        writer.write(block)
-        await reader.readexactly(1)
-        stall_s = max(stall_s, time.monotonic() - began)
+        stall_s = max(stall_s, time.monotonic() - waiting.popleft())
         route = await tunnel.route()
         if route != said:
             said = route
             say(event="route", kind=route.kind, why=route.why, stall_s=stall_s, blocks=blocks)
-        await asyncio.sleep(PACE_S)
-    writer.write_eof()
-    exact = await reader.readexactly(32) == digest.digest()
+        answer = await reader.readexactly(1)
+    await pouring
+    exact = answer + await reader.readexactly(31) == digest.digest()
     say(event="done", exact=exact, stall_s=stall_s, blocks=blocks)
     writer.close()
 
