@@ -9,9 +9,9 @@ rolls no dice. The driver calls in, then always asks `transmit`, then sets one t
 `now` is seconds from any origin on a clock that never goes back and counts suspended time.
 
 Inside, packets travel in **trains**: lists of IPv6 packets for one destination, all of one size but
-for a shorter last one, at most 64 packets and 64 KiB together. Outside, the same train is
-`Datagrams`: octets laid end to end and the size to cut them by, which is what UDP_SEGMENT takes and
-UDP_GRO gives.
+for a shorter last one, at most 64 packets and 64 KiB together; one that came may be `Laid`.
+Outside, the same train is `Datagrams`: octets laid end to end and the size to cut them by, which is
+what UDP_SEGMENT takes and UDP_GRO gives.
 """
 
 from collections.abc import Callable, Iterator, Sequence

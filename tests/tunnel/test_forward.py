@@ -243,7 +243,9 @@ async def test_what_was_not_taken_when_both_had_ended_still_is() -> None:
         assert await loop.sock_recv(theirs, 1) == b""
         await sending
         theirs.shutdown(socket.SHUT_WR)
-        for _ in range(100):  # both ends are heard, and both sides about to be closed
+        for _ in range(1_000_000):  # until both ends are heard, and both sides being closed
+            if near.fileno() < 0:
+                break
             await asyncio.sleep(0)
         assert near.fileno() < 0
         heard = b""

@@ -289,6 +289,7 @@ class UdpCarrier:
         sock = self._socket
         assert self._settled is not None
         left = OCTETS_PER_WAKEUP
+        self._begin = self._end = 0
         for _ in range(RECEIVES_PER_WAKEUP):
             try:
                 size, ancillary, flags, address = sock.recvmsg_into(
@@ -314,7 +315,6 @@ class UdpCarrier:
             if left <= 0 or self._socket is not sock:
                 break
         self._hand_up()
-        self._begin = self._end = 0
         if self._loop is not None:
             self._settled()
 

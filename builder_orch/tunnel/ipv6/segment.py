@@ -34,8 +34,8 @@ _HEADERS = Struct(">44sI8sHH")
 _ACK_PART = Struct(">IHH")
 _BLOCK = Struct(">II")
 _FIELDS = Struct(">IIHH").unpack_from
-_BLOCKS_LENGTHS = {8 * n: bytes((_NOP, _NOP, _SACK, 2 + 8 * n)) for n in range(1, 5)}
-"""How an option with so many octets of blocks begins."""
+_SACK_STARTS = {4 + 8 * n: bytes((_NOP, _NOP, _SACK, 2 + 8 * n)) for n in range(1, 5)}
+"""How SACK options begin, by their length with the padding before."""
 FULL_RUN = 4
 """How many packets make it worth to read them all at once."""
 
@@ -311,10 +311,9 @@ def read_answers(
     while index < stop:
         packet = packets[index]
         size = len(packet)
-        blocks_len = size - overhead - 4
-        if blocks_len not in _BLOCKS_LENGTHS or packet[6:44] != head:
+        if packet[6:44] != head:
             break
-        if packet[overhead : overhead + 4] != _BLOCKS_LENGTHS[blocks_len]:
+        if packet[overhead : overhead + 4] != _SACK_STARTS.get(size - overhead):
             break
         if options and packet[PACKET_OVERHEAD:overhead] != options:
             break

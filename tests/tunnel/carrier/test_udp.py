@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 import pytest
 
 from builder_orch.tunnel.carrier.udp import SO_RCVBUFFORCE, SOCKET_BUFFER, UdpCarrier
-from builder_orch.tunnel.machine import Datagrams
+from builder_orch.tunnel.machine import Datagrams, Endpoint
 from tests.tunnel.carrier.gate import Received
 
 
@@ -101,6 +101,36 @@ async def test_equal_datagrams_that_came_one_by_one_are_handed_up_as_trains() ->
         assert received.datagrams == sent
         assert received.trains == [44, 6, 1, 1, 2, 2, 5]
         assert not server.drops
+
+
+async def test_a_defect_above_does_not_make_it_deaf() -> None:
+    """Each of these fills half of the room that there is."""
+    server, heard = UdpCarrier.bind("127.0.0.1", 0), Received()
+    failed: asyncio.Queue[object] = asyncio.Queue()
+    asyncio.get_running_loop().set_exception_handler(
+        lambda _, context: failed.put_nowait(context.get("exception"))
+    )
+    defects = iter(range(5))
+
+    def deliver(octets: memoryview, segment: int, source: Endpoint) -> None:
+        heard.deliver(octets, segment, source)
+        if next(defects, None) is not None:
+            raise RuntimeError("a defect")
+
+    client = UdpCarrier.connect(server.endpoint)
+    server.start(deliver, heard.settled)
+    try:
+        for number in range(6):
+            client.send(Datagrams(bytes([number]) * 60_000, 60_000, server.endpoint))
+            if number < 5:
+                async with asyncio.timeout(10):
+                    assert isinstance(await failed.get(), RuntimeError)
+        await heard.until(lambda: len(heard.datagrams) >= 6)
+        assert heard.datagrams == [bytes([number]) * 60_000 for number in range(6)]
+        assert not server.drops
+    finally:
+        client.close()
+        server.close()
 
 
 async def test_datagrams_of_two_senders_are_told_apart() -> None:
