@@ -12,6 +12,7 @@ _HOMES = {
     "PeerConfig": "config",
     "Tunnel": "driver",
     "TunnelConfig": "config",
+    "open_connection": "transport",
     "open_hosted_tunnel": "hosted",
     "open_tunnel": "driver",
 }

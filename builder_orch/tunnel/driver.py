@@ -4,14 +4,15 @@ import asyncio
 import os
 import socket
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import AbstractContextManager, asynccontextmanager
 from functools import partial
 from ipaddress import AddressValueError, IPv6Address
 
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from builder_orch.errors import TunnelNotUp
+from builder_orch.tunnel.answers import Answer, Answers
 from builder_orch.tunnel.capture import Capture
 from builder_orch.tunnel.carrier import Carrier, Route, Sign
 from builder_orch.tunnel.carrier.choice import Choice
@@ -38,6 +39,7 @@ from builder_orch.tunnel.ipv6.stack import Stack
 from builder_orch.tunnel.machine import TRAIN_PACKETS, Address, Endpoint
 from builder_orch.tunnel.stamps import Stamps
 from builder_orch.tunnel.stream import Splice, failed, loopback_pair, reset
+from builder_orch.tunnel.transport import ConnectionTransport, Factory
 from builder_orch.tunnel.usurper import ECHO_S, Usurper
 from builder_orch.tunnel.wireguard.interface import (
     EndpointMoved,
@@ -56,9 +58,6 @@ idle one has gone, and that the far side of a half-closed stream was lost."""
 
 Backend = Callable[[Address, Address], Awaitable[socket.socket]]
 """Given a caller's remote and local inside addresses: a connected socket to splice it to."""
-Answer = Callable[[bytes, Address], bytes | None]
-"""Given a datagram and its sender: the datagram to send back, if any."""
-
 Dial = Callable[[str, int], Awaitable[socket.socket]]
 DialBlocking = Callable[[str, int], socket.socket]
 
@@ -102,10 +101,10 @@ class Tunnel:
         self._arrived: list[bytes] = []
         self._pumping = False
         self._closed = False
-        self._splices: dict[Connection, Splice] = {}
+        self._splices: dict[Connection, Splice | ConnectionTransport] = {}
         self._opening: dict[Connection, asyncio.Future[None]] = {}
         self._backends: dict[tuple[bytes | None, int | None], Backend] = {}
-        self._answers: dict[int, Answer] = {}
+        self._answers = Answers(self._stack, self.pump)
         self._echoes = Echoes(self._stack.ping, self.pump)
         self._established: dict[PublicKey, asyncio.Event] = {}
         self._attempts = 0
@@ -180,6 +179,17 @@ class Tunnel:
         self._splice(connection, ours)
         return theirs
 
+    async def create_connection(
+        self, factory: Factory, host: str, port: int, *, timeout_s: float = 30.0
+    ) -> tuple[asyncio.Transport, asyncio.BaseProtocol]:
+        """The method of an event loop, to an inside host and without a socket in between: what
+        costs least. Failures as of `dial`; a protocol of streams is made by `open_connection`."""
+        connection = await self._connect(host, port, timeout_s)
+        protocol = factory()
+        transport = ConnectionTransport(connection, protocol, self.pump)
+        self._join(connection, transport)
+        return transport, protocol
+
     async def _dial_address(self, address: IPv6Address, port: int) -> socket.socket:
         return await self.dial(str(address), port)
 
@@ -205,24 +215,12 @@ class Tunnel:
         resolver = Resolver(self._config.dns, self.datagrams, self._dial_address)
         return await resolver.resolve(name)
 
-    @contextmanager
-    def datagrams(self, heard: Answer) -> Iterator[Callable[[Address, bytes], None]]:
+    def datagrams(self, heard: Answer) -> AbstractContextManager[Callable[[Address, bytes], None]]:
         """A random UDP port of ours for the length of the block; yields how to send from it.
 
         What comes to it is given to `heard`, whose result, if any, goes back to the sender.
         """
-        port = self._stack.bind(None)
-        self._answers[port] = heard
-
-        def send(remote: Address, payload: bytes) -> None:
-            self._stack.send_datagram(port, remote, payload)
-            self.pump()
-
-        try:
-            yield send
-        finally:
-            self._stack.unbind(port)
-            del self._answers[port]
+        return self._answers.anywhere(heard)
 
     async def ping(self, address: IPv6Address, *, timeout_s: float = 5.0) -> float:
         """Seconds that an ICMPv6 echo took there and back; TimeoutError without an answer."""
@@ -292,8 +290,7 @@ class Tunnel:
 
     def answer_datagrams(self, port: int, answer: Answer) -> None:
         """Answer UDP at a port of all own addresses."""
-        self._stack.bind(port)
-        self._answers[port] = answer
+        self._answers.at(port, answer)
 
     def add_peer(self, peer: PeerConfig) -> None:
         """From now on this peer's handshake is answered."""
@@ -425,17 +422,11 @@ class Tunnel:
             case Accepted(connection=connection):
                 self._own(self._accept(connection))
             case DatagramReceived():
-                self._answer(event)
+                self._answers.received(event)
             case EchoReplied():
                 self._echoes.replied(event)
             case _:
                 pass
-
-    def _answer(self, received: DatagramReceived) -> None:
-        answer = self._answers.get(received.port)
-        reply = answer(received.payload, received.remote) if answer is not None else None
-        if reply is not None:
-            self._stack.send_datagram(received.port, received.remote, reply, local=received.local)
 
     def _ended(self, connection: Connection) -> None:
         opening = self._opening.get(connection)
@@ -494,8 +485,10 @@ class Tunnel:
         self._splice(connection, sock)
 
     def _splice(self, connection: Connection, sock: socket.socket) -> None:
+        self._join(connection, Splice(connection, sock, self.pump))
+
+    def _join(self, connection: Connection, splice: Splice | ConnectionTransport) -> None:
         connection.keep_alive(KEEPALIVE_S)
-        splice = Splice(connection, sock, self.pump)
         self._splices[connection] = splice
         splice.start()
         if connection.end is not None:
@@ -513,9 +506,11 @@ class Tunnel:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        for connection in list(self._splices):
+            connection.abort()
+        self.pump()
         for splice in list(self._splices.values()):
             splice.abort()
-        self.pump()
         self._closed = True
         if self._timer is not None:
             self._timer.cancel()
