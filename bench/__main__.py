@@ -12,9 +12,10 @@ from dataclasses import dataclass
 
 from bench.lab import FAR, NEAR, PLAIN_FAR, ROOT, Lab, Path, build_peers, missing
 
-SUBJECTS = ("ours", "hosted", "netstack", "kernel-wg", "kernel")
+SUBJECTS = ("ours", "inside", "hosted", "netstack", "kernel-wg", "kernel")
 """`ours` and `netstack` are libraries in the process that uses them; `hosted` is ours in a process
-of its own, as the commands have it."""
+of its own, as the commands have it. The streams of `ours` are sockets; those of `inside` are not,
+which is how netstack's are too."""
 REACHING = ("ours", "netstack", "kernel-wg")
 CARRIERS = ("ours", "websocket")
 """Both to a gateway of ours: over UDP and over WebSocket."""
@@ -67,7 +68,7 @@ def run_one(lab: Lab, subject: str, task: Task) -> dict[str, float]:
         assert child.stdin is not None
         child.stdin.write(lab.uapi("near"))
         child.stdin.close()
-    elif subject in {"ours", "hosted", "websocket"}:
+    elif subject in {"ours", "inside", "hosted", "websocket"}:
         config = lab.to_gateway if task.meets_gateway else lab.config
         child = lab.python(lab.near, subject, str(config), FAR, str(lab.ports[FAR]), *words)
     elif subject == "kernel-wg":

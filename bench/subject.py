@@ -6,7 +6,7 @@ usage: subject server ADDRESS
        | subject kit CONFIG CONTEXT
        | subject classic SOCKET CONTEXT
        | subject kernel ADDRESS PORT WORK OCTETS STREAMS
-       | subject ours|hosted|websocket CONFIG ADDRESS PORT WORK OCTETS STREAMS
+       | subject ours|inside|hosted|websocket CONFIG ADDRESS PORT WORK OCTETS STREAMS
 """
 
 import asyncio
@@ -19,7 +19,7 @@ from collections.abc import Callable, Coroutine
 from contextlib import AsyncExitStack
 from pathlib import Path
 
-from bench import work
+from bench import inside, work
 
 WEBSOCKET_PORT = 8443
 ENGINE_PORT = 2375
@@ -62,7 +62,8 @@ async def gateway(
 async def ours(
     subject: str, text: str, address: str, port: str, kind: str, octets: str, streams: str
 ) -> None:
-    """Our tunnel, in a process of its own (hosted) or in this one; threads use its streams."""
+    """Our tunnel, in a process of its own (hosted) or in this one; threads use its streams, or
+    protocols in the tunnel's own loop (inside)."""
     # Here and not above, so that the other subjects do not pay for it.
     from builder_orch.tunnel.carrier.choice import Choice
     from builder_orch.tunnel.config import TunnelConfig
@@ -77,6 +78,10 @@ async def ours(
             opener = functools.partial(open_tunnel, choice=Choice("websocket", WEBSOCKET_PORT))
         began = time.perf_counter()
         tunnel = await closing.enter_async_context(opener(config))
+        if subject == "inside":
+            make = functools.partial(tunnel.create_connection, inside.Stream, address, int(port))
+            await inside.measure(began, make, kind, int(octets), int(streams))
+            return
 
         def dial() -> socket.socket:
             return tunnel.dial_blocking(address, int(port), timeout_s=60)

@@ -114,7 +114,7 @@ def _round_trips(sock: socket.socket, count: int) -> float:
     return statistics.median(times)
 
 
-def _processor(host: int | None) -> float:
+def processor(host: int | None) -> float:
     """CPU seconds of this process and of the host, by its CPU-time clock (clock_getcpuclockid)."""
     return time.process_time() + (0.0 if host is None else time.clock_gettime((~host << 3) | 2))
 
@@ -143,18 +143,26 @@ def measure(
         threading.Thread(target=lambda: round_trips.append(one(dial, work, octets // streams)))
         for _ in range(streams)
     ]
-    before, begun = _processor(host), time.perf_counter()
+    before, begun = processor(host), time.perf_counter()
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    figures = {
-        "seconds": time.perf_counter() - begun,
-        "cpu_s": _processor(host) - before,
-        "first_byte_s": first_byte_s,
-        "rss_bytes": _memory("self") + (0 if host is None else _memory(host)),
-        "round_trip_s": round_trips[0],
-    }
+    seconds = time.perf_counter() - begun
     if len(round_trips) != streams:
         raise SystemExit("a stream failed")
+    tell(seconds, processor(host) - before, first_byte_s, round_trips[0], host)
+
+
+def tell(
+    seconds: float, cpu_s: float, first_byte_s: float, round_trip_s: float, host: int | None = None
+) -> None:
+    """Print the figures of one subject as JSON, with the memory of its processes."""
+    figures = {
+        "seconds": seconds,
+        "cpu_s": cpu_s,
+        "first_byte_s": first_byte_s,
+        "rss_bytes": _memory("self") + (0 if host is None else _memory(host)),
+        "round_trip_s": round_trip_s,
+    }
     print(json.dumps(figures), flush=True)
