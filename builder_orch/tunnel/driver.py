@@ -506,6 +506,7 @@ class Tunnel:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        # First the connections, so that the ends of streams hear that it was not their doing.
         for connection in list(self._splices):
             connection.abort()
         self.pump()

@@ -140,9 +140,9 @@ class ConnectionTransport(asyncio.Transport):
 
     def abort(self) -> None:
         """Reset the connection."""
+        self._lose(None)
         self._connection.abort()
         self._pump()
-        self._lose(None)
 
     def is_closing(self) -> bool:
         """Whether it was closed or lost."""

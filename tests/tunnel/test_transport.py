@@ -137,12 +137,14 @@ async def test_who_reads_late_gets_all_of_it() -> None:
     """Nothing is handed up meanwhile, and the far end has to wait: no queue of ours grows."""
     async with pair() as ends, asyncio.timeout(60):
         await ends.serve(7, tell)
-        listener = Listener()
-        async with listening(ends, listener) as transport:
+        listener, other = Listener(), Listener()
+        async with listening(ends, listener) as transport, listening(ends, other) as at_once:
             transport.pause_reading()
             transport.write(b"!")
-            # Some answer is on its way once our octet was acknowledged; the ping comes behind it.
-            await ends.client.ping(GATEWAY)
+            at_once.write(b"!")
+            # Asked later, it has all of its answer, and so some of the first has come too.
+            assert await other.lost is None
+            assert other.heard == LARGE
             assert not listener.heard
             assert not transport.is_reading()
             transport.resume_reading()
@@ -158,6 +160,17 @@ async def test_who_has_room_of_its_own_is_handed_pieces_that_fit() -> None:
             transport.write(b"!")
             await filled.ended.wait()
             assert filled.heard == LARGE
+
+
+async def test_who_aborts_is_told_of_no_failure() -> None:
+    async with pair() as ends, asyncio.timeout(60):
+        await ends.serve(7, begin)
+        listener = Listener()
+        async with listening(ends, listener) as transport:
+            transport.abort()
+            assert await listener.lost is None
+            await until(lambda: ends.client.streams == 0)
+            await until(lambda: ends.gateway.streams == 0)
 
 
 async def test_nobody_there_is_refused() -> None:
