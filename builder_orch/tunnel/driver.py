@@ -184,8 +184,8 @@ class Tunnel:
     ) -> tuple[asyncio.Transport, asyncio.BaseProtocol]:
         """The method of an event loop, to an inside host and without a socket in between: what
         costs least. Failures as of `dial`; a protocol of streams is made by `open_connection`."""
-        connection = await self._connect(host, port, timeout_s)
         protocol = factory()
+        connection = await self._connect(host, port, timeout_s)
         transport = ConnectionTransport(connection, protocol, self.pump)
         self._join(connection, transport)
         return transport, protocol
